@@ -1,0 +1,5 @@
+"""The families that restow knows: text tables by kind, read by `restow.family.parse_family`. Tables only."""
+
+from restow.catalog import fused, split
+
+TABLES = (*split.TABLES, *fused.TABLES)

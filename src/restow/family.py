@@ -1,0 +1,212 @@
+"""A model family as a record: what it is called, where its experts lie, how they are spelled, what must be there.
+
+Families are text tables (`restow.catalog`) parsed into frozen values; nothing about a family is code. It rejects
+tables that contradict themselves. The lines of a table:
+
+    family    model types
+    size      AXIS[@ROLE] = config path [| path] [+ ...]
+    order     labels of p in order, then the order of p and f: `gate|up p f`, `up p f`, `gate|up f p`
+    module    containers of the experts module: the vendor's, then transformers' runtime, then others
+    rename    run of segments on the hub, the same in transformers' runtime (`^run`: only where a name begins)
+    spelling  names [@ container], then one row a line; the first is the vendor's, and is called hf
+    router    rows of tensors outside the experts that have an `e` axis, their names below the layer, as on the hub
+    ignore    names that a destination need not have: `*` any run of segments, `{l+L}` a layer number of at least L
+    require   names that a whole checkpoint must hold; the head after `?`, since a config may tie it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from restow.errors import ConfigError, NotationError, UsageError, show
+from restow.layout import Layout, SizeLine, parse_size
+from restow.named import FORMS, NAMED
+from restow.notation import Dim, Factor, Labels, Part, Row
+
+CONFIG_LIMIT = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """One way in which a family's experts are met: the names it answers to, its container and its rows."""
+
+    names: tuple[str, ...]
+    container: str
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A record of what a family's checkpoints look like. See the module's text for each field's meaning."""
+
+    model_types: tuple[str, ...]
+    sizes: tuple[SizeLine, ...]
+    order: tuple[str, ...]  # ("p", "f") or ("f", "p")
+    labels: tuple[str, ...]  # ("gate", "up"), ("up",)
+    containers: tuple[
+        tuple[str, ...], ...
+    ]  # one tuple a place: the vendor's container first, then the runtime's
+    renames: tuple[tuple[str, str], ...]
+    spellings: tuple[Spelling, ...]
+    routers: tuple[Row, ...]
+    ignorable: tuple[str, ...]
+    required: tuple[str, ...]
+
+    def form(self, name: str) -> Layout:
+        """What a layout's name means in this family: its own spelling, else its form of a named layout.
+
+        Raises `UsageError` for a name that neither knows.
+        """
+        for spelling in self.spellings:
+            if name in spelling.names:
+                return spelling.layout
+        if name not in NAMED:
+            raise UsageError(f"a layout name, one of {', '.join(self.form_names())}", f"'{show(name)}'")
+        return _form(NAMED[name], self) if name in FORMS else NAMED[name]
+
+    def form_names(self) -> tuple[str, ...]:
+        """Every layout name that means something here, the vendor's first."""
+        own = [name for spelling in self.spellings for name in spelling.names]
+        return tuple(dict.fromkeys([*own, *NAMED]))
+
+    def candidates(self) -> tuple[Spelling, ...]:
+        """The spellings and forms among which a layout is found, each rows once; a form has no fixed container."""
+        forms = {name: self.form(name) for name in FORMS}
+        known = {layout: spelling.names for spelling in self.spellings for layout in [spelling.layout]}
+        own = [s for s in self.spellings if s.layout not in forms.values()]
+        return (*own, *(Spelling(known.get(layout, (name,)), "", layout) for name, layout in forms.items()))
+
+    def canonical(self, name: str) -> str:
+        """A tensor's or module's name with the hub's runs replaced by the runtime's."""
+        for hub, runtime in self.renames:
+            name = replace_run(name, hub, runtime)
+        return name
+
+    def place(self, path: str) -> tuple[str, int]:
+        """An experts module's canonical layer prefix, and which of the layer's places it is, however it is spelled."""
+        known = [(container, i) for i, line in enumerate(self.containers) for container in line]
+        for container, i in sorted(known, key=lambda pair: -len(pair[0])):
+            if path == container or path.endswith("." + container):
+                return self.canonical(path[: -len(container)].rstrip(".")), i
+        return self.canonical(path), -1
+
+    def layer(self, path: str) -> str:
+        """The layer prefix of an experts module: its path without the container, as spelled."""
+        known = [container for line in self.containers for container in line]
+        for container in sorted(known, key=len, reverse=True):
+            if path == container or path.endswith("." + container):
+                return path[: -len(container)].rstrip(".")
+        return path
+
+    def read_sizes(self, config: Mapping[str, object]) -> dict[str, int]:
+        """Sizes by axis from a config. Raises `ConfigError` for what is no size; absent paths give no size."""
+        found = {}
+        for line in self.sizes:
+            terms = [_term(term, config) for term in line.terms]
+            known = [term for term in terms if term is not None]
+            if len(known) == len(terms):
+                found[line.key] = sum(known)
+        return found
+
+
+def _term(term: str, config: Mapping[str, object]) -> int | None:
+    if term.isdecimal():
+        return int(term)
+    for path in term.split("|"):
+        for start in (config, config.get("text_config")):
+            value: object = start
+            for word in path.split("."):
+                value = value.get(word) if isinstance(value, Mapping) else None
+            if value is None:
+                continue
+            if isinstance(value, list) and value:  # one entry a bank; which bank is the family's to say
+                value = value[0]
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= CONFIG_LIMIT:
+                raise ConfigError(
+                    f"{path} as a whole number from 1 to {CONFIG_LIMIT}",
+                    f"{show(repr(value))}",
+                    path="config.json",
+                )
+            return value
+    return None
+
+
+def replace_run(name: str, old: str, new: str) -> str:
+    """`name` with its first run of whole dotted segments `old` replaced by `new`; `^old` only at the beginning."""
+    anchored = old.startswith("^")
+    run = old.lstrip("^")
+    padded, needle = f".{name}.", f".{run}."
+    at = padded.find(needle)
+    if at < 0 or (anchored and at != 0):
+        return name
+    return (padded[:at] + (f".{new}." if new else ".") + padded[at + len(needle) :]).strip(".")
+
+
+def _form(layout: Layout, family: Family) -> Layout:
+    """A named layout in a family's order and labels; bias rows only where the family has biases."""
+    biased = any("in.bias" in spelling.layout.roles for spelling in family.spellings)
+    rows = []
+    for row in layout.rows:
+        if row.role.endswith(".bias") and not biased:
+            continue
+        dims = tuple(Dim(_ordered(dim, family.order), dim.divisor) for dim in row.dims)
+        rows.append(replace(row, name=tuple(_labelled(part, family.labels) for part in row.name), dims=dims))
+    return Layout(tuple(rows))
+
+
+def _ordered(dim: Dim, order: tuple[str, ...]) -> tuple[Factor, ...]:
+    axes = [factor.axis for factor in dim.factors]
+    if sorted(axes) != sorted(order) or len(axes) != 2:
+        return dim.factors
+    return tuple(sorted(dim.factors, key=lambda factor: order.index(factor.axis)))
+
+
+def _labelled(part: Part, labels: tuple[str, ...]) -> Part:
+    """`{p:gate|up}` and `{p:1|3}` in a family's own labels: reordered, or one of them where it is not gated."""
+    if not isinstance(part, Labels) or part.axis != "p":
+        return part
+    general = ("gate", "up")
+    return Labels("p", tuple(part.labels[general.index(label)] for label in labels))
+
+
+def parse_family(text: str) -> Family:
+    """Parse one family's table. Raises `NotationError` for lines it does not know."""
+    lines: dict[str, list[str]] = {}
+    spellings: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        word, _, rest = line.strip().partition(" ")
+        if not word:
+            continue
+        if word == "spelling":
+            spellings.append((rest.strip(), []))
+        elif word in ("family", "size", "order", "module", "rename", "router", "ignore", "require"):
+            lines.setdefault(word, []).append(rest.strip())
+        elif spellings:
+            spellings[-1][1].append(line)
+        else:
+            raise NotationError(
+                "a line of a family's table", f"'{word}'", sections=[("line", [line.strip()])]
+            )
+    labels, *order = (lines.get("order") or ["gate|up p f"])[0].split()
+    containers = tuple(tuple(line.split()) for line in lines["module"])
+    built = []
+    for head, body in spellings:
+        names, _, container = head.partition("@")
+        built.append(
+            Spelling(
+                tuple(names.split()), container.strip() or containers[0][0], Layout.parse("\n".join(rows))
+            )
+        )
+    return Family(
+        model_types=tuple(" ".join(lines["family"]).split()),
+        sizes=tuple(map(parse_size, lines.get("size", ()))),
+        order=tuple(order),
+        labels=tuple(labels.split("|")),
+        containers=containers,
+        renames=tuple((a, b) for a, b in (r.split() for r in lines.get("rename", ()))),
+        spellings=tuple(built),
+        routers=Layout.parse("\n".join(lines["router"])).rows if "router" in lines else (),
+        ignorable=tuple(" ".join(lines.get("ignore", ())).split()),
+        required=tuple(" ".join(lines.get("require", ())).split()),
+    )

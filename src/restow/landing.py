@@ -1,0 +1,181 @@
+"""The destination's side of a plan: its experts modules, and which module of the source fills which of them.
+
+It sees targets (names, shapes, held runs) and never tensors. What it cannot place it reports; what contradicts the
+source it refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from restow.boxes import Run
+from restow.checkpoint import Checkpoint
+from restow.errors import AmbiguousTensorError, ShapeMismatchError, UsageError, show
+from restow.family import Family, Spelling
+from restow.find import Findings, Module, candidates_of, find_modules
+from restow.layout import Layout, axis_size, shape_of
+from restow.moves import Side, freeze
+from restow.named import GENERAL
+from restow.naming import Rename, fits, renamed
+from restow.notation import Row
+from restow.problems import merged
+from restow.targets import Runs, Shard, Target, axis_runs
+
+Experts = Sequence[int] | Mapping[str, Sequence[int]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the caller said about the destination, besides its tensors.
+
+    `layout` and `family` as in `restow.load`; `plain` names targets that are plain tensors, which alone `shard`
+    concerns; `experts` are expert numbers, for all modules or by the source's module path.
+    """
+
+    layout: str | Layout | None = None
+    family: Family | None = None
+    rename: Rename = ()
+    shard: Shard | None = None
+    experts: Experts = None
+    part: bool = False
+    plain: frozenset[str] = frozenset()
+
+
+def layout_of(layout: str | Layout | None, family: Family | None) -> Layout | None:
+    """A layout by name (the family's own meaning first) or as it is. Raises `UsageError` for an unknown name."""
+    if layout is None or isinstance(layout, Layout):
+        return layout
+    if family is not None:
+        return family.form(layout)
+    if layout not in GENERAL:
+        raise UsageError(f"a layout name, one of {', '.join(GENERAL)}", f"'{show(layout)}'")
+    return GENERAL[layout]
+
+
+def chosen_experts(experts: Experts, path: str, size: int) -> tuple[int, ...] | None:
+    """The expert numbers for a module of `size` experts, or None for all. Raises `UsageError` for numbers it lacks."""
+    numbers = experts.get(path) if isinstance(experts, Mapping) else experts
+    if numbers is None:
+        return None
+    bad = [n for n in numbers if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < size]
+    if bad:
+        raise UsageError(f"expert numbers from 0 to {size - 1} for {show(path)}", f"{bad[0]!r}")
+    return tuple(numbers)
+
+
+def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) -> Findings:
+    """The experts modules of the destination. Raises what `find_modules` found wrong, all of it in one error."""
+    family = wish.family or source.family
+    sizes = _common_sizes(source)
+    if isinstance(wish.experts, Mapping):
+        sizes.pop("e", None)
+    elif wish.experts is not None:
+        sizes["e"] = len(wish.experts)
+    local: dict[str, int] = {}
+    if wish.shard is not None:
+        axis = wish.shard.axis
+        if axis not in sizes:
+            raise UsageError(f"an axis whose size the source gives, one of {', '.join(sorted(sizes))}", f"'{axis}'")
+        local = {axis: wish.shard.run(sizes[axis])[1]}
+    shapes = {name: target.shape for name, target in targets.items()}
+    layout = layout_of(wish.layout, family)
+    candidates: tuple[Spelling, ...] = candidates_of(family, layout)
+    if family is None and layout is None:
+        candidates += tuple({m.layout: Spelling(m.names, "", m.layout) for m in source.modules.values()}.values())
+    found = find_modules(
+        shapes,
+        candidates,
+        sizes,
+        claimed=lambda name: family is not None and any(fits(p, name, source.sizes) for p in family.ignorable),
+        local=local,
+        partial=wish.shard is not None or wish.part,
+        what="the destination",
+    )
+    if found.errors:
+        raise merged(found.errors)
+    return found
+
+
+def _common_sizes(source: Checkpoint) -> dict[str, int]:
+    """The sizes on which the config and every experts module of the source agree."""
+    sizes = dict(source.sizes)
+    for module in source.modules.values():
+        for axis, size in module.sizes.items():
+            sizes.setdefault(axis, size)
+    for module in source.modules.values():
+        for axis in [a for a, size in sizes.items() if module.sizes.get(a, size) != size]:
+            del sizes[axis]
+    return sizes
+
+
+def pair_modules(source: Checkpoint, found: Mapping[str, Module], wish: Wish) -> dict[str, str]:
+    """Destination module path -> source module path: by the renamed path, else by the family's hub and runtime paths.
+
+    Raises `AmbiguousTensorError` where two modules of the source have one place.
+    """
+    family = wish.family or source.family
+    by_path: dict[str, str] = {}
+    by_place: dict[object, list[str]] = {}
+    owner = {name: path for path, module in found.items() for names in module.tensors.values() for name in names}
+    for path, module in source.modules.items():
+        if isinstance(wish.rename, Mapping):
+            first = next((n for names in module.tensors.values() for n in names if n is not None), path)
+            to = owner.get(renamed(first, wish.rename))
+        else:
+            to = renamed(path, wish.rename)
+        if to is not None:
+            by_path[to] = path
+            if family is not None:
+                by_place.setdefault(family.place(to), []).append(path)
+    pairs = {}
+    for path in found:
+        if path in by_path:
+            pairs[path] = by_path[path]
+            continue
+        near = by_place.get(family.place(path), []) if family is not None else []
+        if len(near) > 1:
+            raise AmbiguousTensorError(
+                f"one experts module of the source for {show(path)}",
+                f"{len(near)}",
+                sections=[("modules", map(show, near))],
+                hint="say which with rename=",
+            )
+        if near:
+            pairs[path] = near[0]
+    return pairs
+
+
+def held_side(row: Row, module: Module, targets: Mapping[str, Target], wish: Wish, source: Module) -> Side:
+    """One role of a destination module: what is held of each of its tensors, in global terms.
+
+    A plain tensor that `wish.shard` cuts has its part's shape; everything else has the global one. Raises
+    `ShapeMismatchError` for a tensor that is neither.
+    """
+    sizes = dict(module.sizes)
+    part: dict[str, Run] = {}
+    if wish.shard is not None and wish.shard.axis in row.axes:
+        part = {wish.shard.axis: wish.shard.run(axis_size(row, wish.shard.axis, sizes))}
+    held: list[tuple[Runs, ...]] = []
+    whole = shape_of(row, sizes)
+    for name in module.tensors[row.role]:
+        target = targets.get(name) if name is not None else None
+        if target is None:
+            held.append(())
+        elif name in wish.plain and part:
+            held.append((axis_runs(row, sizes, part),))
+        elif target.shape != whole:
+            raise ShapeMismatchError(
+                f"shape {list(whole)} for {show(name)}",
+                f"{list(target.shape)}",
+                tensor=name,
+                sections=[("tensor", [show(name)]), ("filled by", [show(source.path)])],
+                hint="sizes come from the source; if this tensor holds a part, say which with shard=",
+            )
+        else:
+            held.append((target.runs,))
+    return Side(row, freeze(sizes), tuple(held))
+
+
+NOTHING: Mapping[str, Module] = MappingProxyType({})

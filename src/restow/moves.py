@@ -1,0 +1,262 @@
+"""Moves: two rows of one role, the runs held on each side, and the strided copies between them; proved exact.
+
+A `Move` is integers only: which stored tensor of the source (by its name's indices), from which element, to which
+tensor of the destination at which local place, along a shared `Pattern` of sizes and strides. It rejects roles whose
+axes or sizes differ, and raises `CoverageError` where a destination element would be written never or twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+from restow.boxes import Box, Run, boxes_of, held, overlap, strides_of
+from restow.errors import CoverageError, RolesError, ShapeMismatchError
+from restow.layout import axis_size
+from restow.notation import Row, dim_keys
+
+Frozen = tuple[tuple[str, int], ...]  # sizes as sorted pairs, so that they can be a key
+
+
+class Pattern(NamedTuple):
+    """A strided copy without its place: per axis, slowest in the source first, its length, the step in elements of
+    the source's row-major storage, and (dim, step) in the destination."""
+
+    sizes: tuple[int, ...]
+    source: tuple[int, ...]
+    target: tuple[tuple[int, int], ...]
+
+
+Runs = tuple[tuple[Run, ...], ...]  # per dim
+
+
+class Side(NamedTuple):
+    """One role on one side: its row, its sizes, and what is held of each of its stored tensors, piece by piece.
+
+    Each piece is runs per dim, stored row-major by itself. A source may hold a tensor in many pieces (sharded files); a
+    destination holds one, or none.
+    """
+
+    row: Row
+    sizes: Frozen
+    held: tuple[tuple[Runs, ...], ...]
+
+
+class Move(NamedTuple):
+    """`source` and `target` count the stored tensors of their side; `at` is in elements of the source's `piece`."""
+
+    source: int
+    piece: int
+    at: int
+    target: int
+    start: tuple[int, ...]
+    pattern: Pattern
+
+
+def freeze(sizes: Mapping[str, int]) -> Frozen:
+    return tuple(sorted(sizes.items()))
+
+
+def moves(source: Side, target: Side, take: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> tuple[Move, ...]:
+    """Every move that fills what the target side holds from what the source side holds.
+
+    `take` maps an axis to the source's index for each destination index (an expert list); axes not named map one to
+    one. Raises `RolesError` (axes differ), `ShapeMismatchError` (sizes differ), `CoverageError` (never or twice).
+    """
+    maps = {axis: indices for axis, indices in take}
+    maps.update(_label_map(source.row, target.row))
+    _check(source, target, maps)
+    sizes = dict(target.sizes)
+    found: list[Move] = []
+    name_lengths = [axis_size(target.row, axis, sizes) for axis in target.row.name_axes]
+    for position, index in enumerate(product(*map(range, name_lengths))):
+        if not target.held[position]:
+            continue
+        (runs,) = target.held[position]
+        fixed = {axis: (i, 1) for axis, i in zip(target.row.name_axes, index, strict=True)}
+        made: list[Move] = []
+        for box in boxes_of(target.row, sizes, runs):
+            made += _fill(source, box, fixed, position, maps)
+        _prove(target, position, runs, made)
+        found += made
+    return tuple(found)
+
+
+def _label_map(source: Row, target: Row) -> dict[str, tuple[int, ...]]:
+    """Where both names carry the same words in another order, words decide, not places."""
+    ours, theirs = source.labels, target.labels
+    return {
+        axis: tuple(ours[axis].index(word) for word in words)
+        for axis, words in theirs.items()
+        if axis in ours and ours[axis] != words and set(ours[axis]) == set(words)
+    }
+
+
+def _check(source: Side, target: Side, maps: Mapping[str, Sequence[int]]) -> None:
+    have, want = dict(source.sizes), dict(target.sizes)
+    for axis in sorted(source.row.axes | target.row.axes):
+        n_have = axis_size(source.row, axis, have) if axis in source.row.axes else 1
+        n_want = axis_size(target.row, axis, want) if axis in target.row.axes else 1
+        if (axis in source.row.axes) != (axis in target.row.axes) and n_have * n_want != 1:
+            raise RolesError(
+                f"the same axes for role '{source.row.role}' on both sides",
+                f"'{axis}' on one only",
+                sections=[("source", [str(source.row)]), ("target", [str(target.row)])],
+                hint="only layouts of the same roles and axes convert",
+            )
+        if axis in maps:
+            n_have = len(maps[axis])
+        if n_have != n_want:
+            raise ShapeMismatchError(
+                f"{n_have} along axis '{axis}' of role '{source.row.role}', as the source has",
+                f"{n_want}",
+                sections=[("source", [str(source.row)]), ("target", [str(target.row)])],
+            )
+
+
+class _Span(NamedTuple):
+    """A run of one axis: where it begins in the source and in the destination, and its length."""
+
+    source: int
+    target: int
+    length: int
+
+
+def _fill(
+    source: Side, box: Box, fixed: Mapping[str, Run], position: int, maps: Mapping[str, Sequence[int]]
+) -> list[Move]:
+    ranges: dict[str, Run] = dict(fixed)
+    ranges.update(zip(box.axes, box.runs, strict=True))
+    axes = list(ranges)
+    found: list[Move] = []
+    for choice in product(*(_spans(ranges[axis], maps.get(axis)) for axis in axes)):
+        found += _from_source(source, box, dict(zip(axes, choice, strict=True)), position)
+    return found
+
+
+def _spans(run: Run, mapping: Sequence[int] | None) -> list[_Span]:
+    """A destination run as runs that are contiguous in the source too."""
+    start, length = run
+    if mapping is None:
+        return [_Span(start, start, length)]
+    spans: list[_Span] = []
+    for i in range(start, start + length):
+        if spans and mapping[i] == spans[-1].source + spans[-1].length:
+            spans[-1] = spans[-1]._replace(length=spans[-1].length + 1)
+        else:
+            spans.append(_Span(mapping[i], i, 1))
+    return spans
+
+
+def _from_source(source: Side, box: Box, spans: Mapping[str, _Span], position: int) -> list[Move]:
+    row, sizes = source.row, dict(source.sizes)
+    places = dict(zip(box.axes, zip((run[0] for run in box.runs), box.steps, strict=True), strict=True))
+    lengths = [axis_size(row, axis, sizes) for axis in row.name_axes]
+    named = [spans.get(axis, _Span(0, 0, 1)) for axis in row.name_axes]
+    found: list[Move] = []
+    templates: dict[object, list[tuple[int, tuple[int, ...], Pattern]]] = {}
+    for offsets in product(*(range(span.length) for span in named)):
+        flat = 0
+        for offset, span, length in zip(offsets, named, lengths, strict=True):
+            flat = flat * length + span.source + offset
+        for piece, runs in enumerate(source.held[flat]):
+            if runs not in templates:
+                templates[runs] = [_cut(inner, held(runs), spans, places, box)
+                                   for inner in boxes_of(row, sizes, runs)
+                                   if _meets(inner, spans)]  # fmt: skip
+            for at, start, pattern in templates[runs]:
+                moved = list(start)
+                for axis, offset, span in zip(row.name_axes, offsets, named, strict=True):
+                    if axis in places:
+                        first, (dim, step) = places[axis]
+                        moved[dim] += (span.target + offset - first) * step
+                found.append(Move(flat, piece, at, position, tuple(moved), pattern))
+    return found
+
+
+def _meets(inner: Box, spans: Mapping[str, _Span]) -> bool:
+    for axis, (start, length) in zip(inner.axes, inner.runs, strict=True):
+        span = spans.get(axis, _Span(0, 0, 1))
+        if span.source >= start + length or start >= span.source + span.length:
+            return False
+    return True
+
+
+def _cut(
+    inner: Box,
+    local: tuple[int, ...],
+    spans: Mapping[str, _Span],
+    places: Mapping[str, tuple[int, tuple[int, int]]],
+    box: Box,
+) -> tuple[int, tuple[int, ...], Pattern]:
+    """One source box against one destination box: the first element, the local place, and the pattern."""
+    strides = strides_of(local)
+    at = sum(start * stride for start, stride in zip(inner.start, strides, strict=True))
+    moved = list(box.start)
+    axes: list[tuple[int, int, tuple[int, int]]] = []
+    for axis, (start, length), (dim, step) in zip(inner.axes, inner.runs, inner.steps, strict=True):
+        span = spans.get(axis, _Span(0, 0, 1))
+        first = max(start, span.source)
+        count = min(start + length, span.source + span.length) - first
+        at += (first - start) * step * strides[dim]
+        if axis in places:
+            place, (to_dim, to_step) = places[axis]
+            moved[to_dim] += (span.target + first - span.source - place) * to_step
+            if count > 1:
+                axes.append((step * strides[dim], count, (to_dim, to_step)))
+    axes.sort(key=lambda item: -item[0])
+    return at, tuple(moved), Pattern(
+        tuple(count for _, count, _ in axes), tuple(step for step, *_ in axes), tuple(to for *_, to in axes)
+    )  # fmt: skip
+
+
+def _prove(target: Side, position: int, runs: Runs, made: Sequence[Move]) -> None:
+    """Exactly once: every move decoded from its final integers into a box of axes; volumes, bounds, no overlap."""
+    local = held(runs)
+    volume = sum(prod(move.pattern.sizes) for move in made)
+    boxes = [decode(target, runs, move) for move in made]
+    outside = sum(box is None for box in boxes)
+    clash = overlap([box for box in boxes if box is not None])
+    if volume == prod(local) and clash is None and not outside:
+        return
+    what = "some written outside it" if outside else "some written twice" if clash else f"{volume} written"
+    raise CoverageError(
+        f"each of {prod(local)} elements of '{target.row}' written once",
+        what,
+        sections=[("tensor", [f"number {position}, held {list(local)}"])],
+        hint="this is a defect of restow or of the layout's rows: please report the layouts and sizes",
+    )
+
+
+def decode(target: Side, runs: Sequence[Sequence[Run]], move: Move) -> tuple[Run, ...] | None:
+    """The axes' runs that a move fills, read back from its start and steps alone; None where it leaves what is held.
+
+    Where an axis lies inside a dim follows from the row and the sizes once more, not from how the move was made.
+    """
+    sizes = dict(target.sizes)
+    found: list[Run] = []
+    for dim, (spec, dim_runs) in enumerate(zip(target.row.dims, runs, strict=True)):
+        lengths = [axis_size(target.row, key, sizes) for key in dim_keys(spec)]
+        steps = {to_step: n for n, (to, to_step) in zip(move.pattern.sizes, move.pattern.target, strict=True)
+                 if to == dim}  # fmt: skip
+        local, first = 0, -1
+        for start, length in dim_runs:
+            if local <= move.start[dim] < local + length:
+                last = move.start[dim] + sum((n - 1) * step for step, n in steps.items())
+                first = start + move.start[dim] - local if last < local + length else -1
+                break
+            local += length
+        if first < 0:
+            return None
+        for length, stride in zip(lengths, strides_of(lengths), strict=True):
+            digit = first // stride
+            first -= digit * stride
+            count = steps.pop(stride, 1) if length > 1 else 1
+            if digit + count > length:
+                return None
+            found.append((digit, count))
+        if steps:
+            return None
+    return tuple(found)

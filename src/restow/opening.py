@@ -1,0 +1,88 @@
+"""`restow.open`: a path to a `Checkpoint`: headers, index and config, and the layout of every experts module. No data.
+
+What makes it no checkpoint at all (files, index, pickles, ranks) is raised; what is wrong with its tensors, config or
+quantisation is in `.problems`, so that `inspect` can show a broken checkpoint and `verify` compare one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from restow.checkpoint import Checkpoint, survey
+from restow.errors import ConfigError, RestowError, UnsupportedFamilyError, show
+from restow.family import Family
+from restow.folder import open_folder
+from restow.known import FAMILIES
+from restow.landing import layout_of
+from restow.layout import Layout
+from restow.problems import Problem
+
+
+def family_of(family: str | Family | None) -> Family | None:
+    """A family by model type, or as it is. Raises `UnsupportedFamilyError` for a model type nobody told us about."""
+    if family is None or isinstance(family, Family):
+        return family
+    if family not in FAMILIES:
+        raise _unknown(family, {})
+    return FAMILIES[family]
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], *, layout: str | Layout | None = None, family: str | Family | None = None
+) -> Checkpoint:
+    """Open a folder or a file. `layout` and `family` say what config.json does not, and win over it.
+
+    Raises the file, index, pickle and rank errors of `restow.errors`; everything else is in `.problems`.
+    """
+    folder = open_folder(path)
+    problems = list(folder.problems)
+    config: Mapping[str, Any] | None = None
+    known = family_of(family)
+    try:
+        config = folder.config
+    except ConfigError as error:
+        problems.append(Problem(error, True))
+    else:
+        if known is None:
+            known, doubt = _by_config(config, folder.root)
+            if doubt is not None and layout is None:
+                problems.append(Problem(doubt, True))
+    given = family is not None or layout is not None
+    shared: dict[str, Any] = {"path": folder.root, "given": given, "layout": layout_of(layout, known)}
+    shared["stamps"] = {header.file: header.stamp for header in folder.headers}
+    try:
+        return survey(folder.tensors, family=known, config=config, problems=tuple(problems), **shared)
+    except ConfigError as error:
+        problems.append(Problem(error, True))
+        return survey(folder.tensors, family=known, config=None, problems=tuple(problems), **shared)
+
+
+def _by_config(config: Mapping[str, Any] | None, root: str) -> tuple[Family | None, RestowError | None]:
+    if config is None:
+        return None, ConfigError(
+            "config.json, which names the model family",
+            "none",
+            path=root,
+            hint="download it, or say family= or layout= (on the command line --family, --layout)",
+        )
+    text = config.get("text_config")
+    types = [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
+    for model_type in types:
+        if isinstance(model_type, str) and model_type in FAMILIES:
+            return FAMILIES[model_type], None
+    return None, _unknown(types[0], config)
+
+
+def _unknown(model_type: object, config: Mapping[str, Any]) -> UnsupportedFamilyError:
+    remote = "; the code that the config names is never run" if "auto_map" in config else ""
+    return UnsupportedFamilyError(
+        "a model family that restow knows",
+        f"model_type {show(repr(model_type))}{remote}",
+        path="config.json" if config else None,
+        hint="say family= or layout= (--family, --layout) if it stores its experts as a known one does",
+    )
+
+
+__all__ = ["Checkpoint", "family_of", "open_checkpoint"]

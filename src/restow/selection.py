@@ -1,0 +1,206 @@
+"""Which files of a folder are the checkpoint, and which only lie beside it.
+
+An index says it, else model.safetensors is all, else every *.safetensors file together. Rejects folders that
+hold two checkpoints, shards that are named or numbered and not there, and folders that hold only pickles.
+Nothing is opened here but the index.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from restow import files
+from restow.errors import (
+    AmbiguousSourceError,
+    IndexMismatchError,
+    MissingShardError,
+    RestowError,
+    StrayShardError,
+    UnsafePickleError,
+    show,
+)
+from restow.index import SUFFIX, Index, read_index
+from restow.limits import LIMITS, Limits
+from restow.problems import Problem
+
+SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+_INDEX = ".safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_NUMBERED = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.safetensors")
+_CONVERT = (
+    "convert it where its origin is trusted: torch.load(file, weights_only=True), then "
+    "safetensors.torch.save_file; restow never unpickles weights"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The files to read, by name in `root`; `errors` are fatal and to be raised with those of the headers."""
+
+    root: str
+    files: tuple[str, ...]
+    index: Index | None = None
+    errors: tuple[RestowError, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+def select(path: str, limits: Limits = LIMITS) -> Selection:
+    """Find the checkpoint at `path`: a folder or one file."""
+    if not files.is_folder(path):
+        return _one_file(path)
+    names = files.names(path)
+    found = [name for name in names if name.endswith(SUFFIX)]
+    indexes = [name for name in names if name.endswith(_INDEX)]
+    if indexes:
+        return _indexed(path, found, indexes, limits)
+    if not found:
+        raise _nothing(path, names)
+    if SINGLE in found:
+        return _with_single(path, found)
+    if ADAPTER in found and "adapter_config.json" in names:
+        return Selection(
+            path, (ADAPTER,), problems=_strays(path, [name for name in found if name != ADAPTER])
+        )
+    return Selection(path, tuple(found), errors=tuple(_unnumbered(path, found)))
+
+
+def _one_file(path: str) -> Selection:
+    if path.endswith(_PICKLES):
+        raise UnsafePickleError("a safetensors file", "a pickle, which runs code", path=path, hint=_CONVERT)
+    with files.open_source(path, what="a folder or a safetensors file"):
+        pass
+    whole = Path(path)
+    return Selection(str(whole.parent), (whole.name,))
+
+
+def _indexed(root: str, found: list[str], indexes: list[str], limits: Limits) -> Selection:
+    standard = SINGLE + ".index.json"
+    if standard not in indexes and len(indexes) > 1:
+        raise AmbiguousSourceError(
+            "one index", f"{len(indexes)}", path=root, sections=[("indexes", map(show, indexes))]
+        )
+    index = read_index(str(Path(root) / (standard if standard in indexes else indexes[0])), limits)
+    named = sorted(set(index.shards.values()))
+    errors: list[RestowError] = []
+    single = index.name.removesuffix(".index.json")
+    if single in found and single not in named:
+        raise AmbiguousSourceError(
+            "one checkpoint",
+            f"two: {single} and {index.name}, which does not name it",
+            path=root,
+            sections=[("found", [show(single), show(index.name)])],
+            hint=f"remove {single}, or the index with its shards",
+        )
+    lost = [name for name in named if name not in found]
+    if lost:
+        errors.append(_missing(root, f"{len(named)} shards, as {index.name} says", named, lost, found))
+    beside = [name for name in found if name not in named]
+    ours = {_set(name) for name in named} - {None}
+    unnamed = [name for name in beside if _set(name) in ours]
+    if unnamed:
+        errors.append(
+            IndexMismatchError(
+                f"a line in {index.name} about every shard",
+                f"none about {show(unnamed[0])}",
+                path=Path(root) / unnamed[0],
+                sections=[("unnamed", map(show, unnamed))],
+                hint="download the index again, with its shards",
+            )
+        )
+    strays = _strays(root, [name for name in beside if name not in unnamed])
+    present = tuple(name for name in named if name in found)
+    return Selection(root, present, index, tuple(errors), strays)
+
+
+def _with_single(root: str, found: list[str]) -> Selection:
+    others = [name for name in found if name != SINGLE]
+    numbered = [name for name in others if (part := _set(name)) is not None and part[0] == "model"]
+    if numbered:
+        raise AmbiguousSourceError(
+            "one checkpoint",
+            f"two: {SINGLE} and {len(numbered)} shards",
+            path=root,
+            sections=[("found", map(show, [SINGLE, *numbered]))],
+            hint="name the file that is meant, or remove the others",
+        )
+    return Selection(root, (SINGLE,), problems=_strays(root, others))
+
+
+def _unnumbered(root: str, found: list[str]) -> Iterable[RestowError]:
+    """What shards without an index miss, by their own numbers."""
+    sets: dict[tuple[str, str], list[str]] = {}
+    for name in found:
+        part = _set(name)
+        if part is not None and not part[0].startswith("shard-"):  # of a rank: cover tells what is missing
+            sets.setdefault(part, []).append(name)
+    counts = {stem: [count for other, count in sets if other == stem] for stem, _ in sets}
+    for (stem, count), names in sets.items():
+        if len(counts[stem]) > 1:
+            lines = [f"{show(stem)} of {int(number)}" for number in counts[stem]]
+            yield AmbiguousSourceError(
+                "one set of shards", f"{len(lines)}", path=root, sections=[("sets", lines)]
+            )
+            return
+        if int(count) > 100_000 or int(count) == len(names):
+            continue
+        width = len(count)
+        wanted = [f"{stem}-{i:0{width}}-of-{count}{SUFFIX}" for i in range(1, int(count) + 1)]
+        lost = [name for name in wanted if name not in names]
+        yield _missing(root, f"{int(count)} shards, as their names say", wanted, lost, found)
+
+
+def _missing(
+    root: str, expected: str, wanted: Collection[str], lost: list[str], found: Iterable[str]
+) -> MissingShardError:
+    cases = {name.casefold(): name for name in found}
+    lines = [
+        f"{show(name)} (only the case differs: {show(cases[name.casefold()])})"
+        if name.casefold() in cases
+        else show(name)
+        for name in lost
+    ]
+    return MissingShardError(
+        expected,
+        f"{len(wanted) - len(lost)} of them",
+        path=Path(root) / lost[0],
+        sections=[("missing", lines)],
+        hint="download these shards",
+    )
+
+
+def _strays(root: str, names: list[str]) -> tuple[Problem, ...]:
+    if not names:
+        return ()
+    error = StrayShardError(
+        "only the files of the checkpoint",
+        f"{len(names)} beside it",
+        path=root,
+        sections=[("not read", map(show, names))],
+        hint="remove them if they are left from an earlier save",
+    )
+    return (Problem(error, False),)
+
+
+def _nothing(root: str, names: list[str]) -> RestowError:
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        return UnsafePickleError(
+            "safetensors files",
+            f"only {len(pickles)} pickles, which run code when they are read",
+            path=root,
+            sections=[("pickles", map(show, pickles))],
+            hint=_CONVERT,
+        )
+    return MissingShardError(
+        "safetensors files", "none in this folder", path=root, hint="check the path; fetch the weights"
+    )
+
+
+def _set(name: str) -> tuple[str, str] | None:
+    """The set that a numbered shard belongs to: what stands before its number, and of how many it is."""
+    match = _NUMBERED.fullmatch(name)
+    return (match[1], match[3]) if match else None

@@ -1,0 +1,69 @@
+"""The tensors of a checkpoint as a mapping of names to entries, held in the columns of its headers.
+
+An `Entry` is made when it is asked for, so that 70,000 tensors cost their names and a few numbers each. It
+rejects nothing: names, places and cover were checked by those who built it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from restow.entries import Entry, Piece
+from restow.header import Header
+
+
+class Sharded(NamedTuple):
+    """A tensor in parts: the whole shape, and per part its header's number, its row there, its offset."""
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[int, int, tuple[int, ...]], ...]
+
+
+class Tensors(Mapping[str, Entry]):
+    """Name -> `Entry`; `rows` counts through all headers: row r is row `r - starts[i]` of header i."""
+
+    __slots__ = ("_headers", "_rows", "_sharded", "_starts")
+
+    def __init__(
+        self, headers: Sequence[Header], rows: Mapping[str, int], sharded: Mapping[str, Sharded]
+    ) -> None:
+        self._headers = tuple(headers)
+        self._starts = tuple(accumulate((len(header.names) for header in headers), initial=0))
+        self._rows = rows
+        self._sharded = sharded
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __getitem__(self, name: str) -> Entry:
+        at = self._rows[name]
+        if name in self._sharded:
+            return self._whole(self._sharded[name])
+        i = bisect_right(self._starts, at) - 1
+        header, row = self._headers[i], at - self._starts[i]
+        shape = header.shapes[row]
+        box = tuple((0, size) for size in shape)
+        piece = Piece(box, header.file, header.begins[row], header.ends[row])
+        return Entry(header.dtypes[row], shape, (piece,))
+
+    def _whole(self, tensor: Sharded) -> Entry:
+        pieces = []
+        dtype = ""
+        for i, row, offset in tensor.parts:
+            header = self._headers[i]
+            dtype = header.dtypes[row]
+            box = tuple(zip(offset, header.shapes[row], strict=True))
+            pieces.append(Piece(box, header.file, header.begins[row], header.ends[row]))
+        return Entry(dtype, tensor.shape, tuple(sorted(pieces)))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} tensors in {len(self._headers)} files>"

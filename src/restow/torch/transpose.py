@@ -1,0 +1,199 @@
+"""Exact transposed copies on the CPU: a contiguous tile into a view whose first dim is contiguous.
+
+Bits are moved, never computed on: elements travel as integers of their own width, or as floats that no
+arithmetic touches, so NaN payloads, signed zeros and subnormals survive. Three kernels, best first:
+
+- `simd`: fbgemm's SIMD transpose, found by its mangled name in the libraries that torch has loaded. It reads
+  the tile and writes the strided destination in one pass, without a temporary. The name spells out the types of
+  the arguments: another build of torch has either this very signature or no such name.
+- `shuffle`: `torch.native_channel_shuffle`, whose channels_last path runs the same SIMD code into a temporary.
+- `plain`: ATen's block transpose into a temporary, then a row copy. Works everywhere and for every width.
+
+A kernel is used only after it moved test patterns exactly and beat `plain` once in this process. Rejected:
+tensors off the CPU, elements that are not 1, 2, 4 or 8 bytes wide, tensors of two shapes or dtypes, a source
+that is not contiguous. The two tensors must not overlap.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import time
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Final, Literal
+
+import torch
+
+__all__ = ["Kernel", "copy_transposed", "kernel_for", "tile_shape"]
+
+Name = Literal["simd", "shuffle", "plain"]
+Kernel = Callable[[torch.Tensor, torch.Tensor], None]  # (out [cols, rows], rows contiguous; src [rows, cols])
+
+TILE_BYTES: Final = 1 << 20  # half of a common second-level cache
+LINE: Final = 64  # bytes of a cache line: fewer rows than that write each destination line more than once
+COLUMNS: Final = 256  # per SIMD call: the destination lines of a pass over 16 rows fit the first-level cache
+SHUFFLE_BYTES: Final = 1 << 19  # the shuffle's temporary beside its source: both stay in the second level
+PLAIN_ROWS: Final = 128
+
+_INTS: Final = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64})
+
+
+def copy_transposed(dst: torch.Tensor, src: torch.Tensor, *, kernel: Name | None = None) -> None:
+    """`dst.copy_(src)`, fast where `dst` [rows, cols] has strides (1, ld >= rows); other strides work too.
+
+    A leading batch dim, [n, rows, cols] on both sides, is a loop. `kernel` forces one, for tests and benches; a
+    kernel that does not apply to the width or to this build of torch gives way to `plain`.
+    """
+    if dst.device.type != "cpu" or src.device.type != "cpu":
+        raise ValueError(f"expected CPU tensors, found {dst.device} and {src.device}")
+    if dst.shape != src.shape or src.dim() not in (2, 3) or dst.dtype != src.dtype:
+        found = f"{dst.dtype} {tuple(dst.shape)} and {src.dtype} {tuple(src.shape)}"
+        raise ValueError(f"expected two tiles of one dtype and shape ([n,] rows, cols), found {found}")
+    if src.element_size() not in _INTS or not src.is_contiguous():
+        raise ValueError(
+            f"expected a contiguous source of 1, 2, 4 or 8 bytes, found {src.dtype} {src.stride()}"
+        )
+    if src.numel() == 0:
+        return
+    width = src.element_size()
+    into, tile = dst.detach().view(_INTS[width]), src.detach().view(_INTS[width])
+    rows, cols = tile.shape[-2:]
+    if min(rows, cols) == 1 or into.stride(-2) != 1 or into.stride(-1) < rows:
+        into.copy_(tile)
+        return
+    move = kernel_for(width) if kernel is None else _named(kernel, width)
+    if tile.dim() == 2:
+        move(into.t(), tile)
+        return
+    for one, other in zip(into.transpose(1, 2), tile, strict=True):
+        move(one, other)
+
+
+def tile_shape(itemsize: int, rows: int, cols: int, limit: int = TILE_BYTES) -> tuple[int, int]:
+    """The (rows, cols) of the tiles in which to feed a [rows, cols] tensor through `copy_transposed`.
+
+    Whole rows, as many as `limit` bytes hold, in multiples of a cache line of the destination. Only where not
+    even one line's worth of rows fits are the rows themselves cut.
+    """
+    line = max(1, LINE // itemsize)
+    fit = limit // max(1, itemsize * cols)
+    if fit >= rows:
+        return rows, cols
+    if fit >= line:
+        return fit // line * line, cols
+    tall = min(rows, line)
+    return tall, min(cols, max(1, limit // (itemsize * tall)))
+
+
+@functools.cache
+def kernel_for(width: int) -> Kernel:
+    """The kernel for elements of `width` bytes: the first that is exact and faster than `plain` here."""
+    for name in ("simd", "shuffle"):
+        kernel = _named(name, width)
+        if kernel is plain or not is_exact(kernel, width):
+            continue
+        if _seconds(kernel, width) < _seconds(plain, width):
+            return kernel
+    return plain
+
+
+def is_exact(kernel: Kernel, width: int) -> bool:
+    """Whether `kernel` moves tiles of many remainders bit for bit and leaves the memory around them alone."""
+    shapes = ((2, 2), (3, 5), (7, 4), (16, 16), (17, 33), (32, 64), (48, 67), (65, 31), (64, COLUMNS + 9))
+    for rows, cols in shapes:
+        bits = _noise(width, rows * cols + 1)
+        src = bits[1:].view(rows, cols)
+        found, wanted = (_noise(width, cols * (rows + 3) + 1)[1:].view(cols, rows + 3) for _ in range(2))
+        wanted[:, 1 : rows + 1].copy_(src.t())
+        try:
+            kernel(found[:, 1 : rows + 1], src)
+        except (RuntimeError, ValueError, TypeError):
+            return False
+        if not torch.equal(found, wanted):
+            return False
+    return True
+
+
+def plain(out: torch.Tensor, src: torch.Tensor) -> None:
+    """Blocks of rows through a temporary: ATen's transpose needs a contiguous target to be fast."""
+    for r in range(0, src.shape[0], PLAIN_ROWS):
+        block = src[r : r + PLAIN_ROWS]
+        out[:, r : r + block.shape[0]].copy_(block.t().contiguous())
+
+
+def shuffle(out: torch.Tensor, src: torch.Tensor) -> None:
+    """Blocks of rows through `native_channel_shuffle`; 16-bit elements go as pairs, split on the way out."""
+    rows, cols = src.shape
+    lanes = 2 if src.element_size() == 2 else 1
+    main = cols - cols % lanes
+    step = max(1, SHUFFLE_BYTES // max(1, cols * src.element_size()))
+    for r in range(0, rows, step):
+        n = min(step, rows - r)
+        block = src[r : r + n, :main]
+        if lanes == 1:
+            as_kept = block.view(torch.float32) if block.element_size() == 4 else block
+            out[:, r : r + n].copy_(_shuffled(as_kept).view(src.dtype))
+            continue
+        if main < cols:  # the last of an odd number of columns has no partner
+            out[main:, r : r + n].copy_(src[r : r + n, main:].t())
+        if block.storage_offset() % lanes or not block.is_contiguous():
+            block = block.clone(memory_format=torch.contiguous_format)
+        if main:
+            pairs = _shuffled(block.view(torch.float32)).view(torch.int32)
+            out[0:main:2, r : r + n].copy_(pairs)  # narrowing keeps the low half: the even column
+            out[1:main:2, r : r + n].copy_(pairs.bitwise_right_shift_(16))
+
+
+def _shuffled(block: torch.Tensor) -> torch.Tensor:
+    """Contiguous [n, c] to contiguous [c, n]: one pixel of n * c channels in n groups, channels_last."""
+    n, c = block.shape
+    pixel = block.reshape(1, 1, 1, n * c).permute(0, 3, 1, 2)
+    return torch.native_channel_shuffle(pixel, n).permute(0, 2, 3, 1).reshape(c, n)
+
+
+def _named(name: str, width: int) -> Kernel:
+    """The kernel of that name, or `plain` where it does not apply: 8 bytes, another byte order, no symbol."""
+    if width == 8 or sys.byteorder != "little" or name == "plain":
+        return plain
+    return shuffle if name == "shuffle" else _simd(width) or plain
+
+
+@functools.cache
+def _simd(width: int) -> Kernel | None:
+    """void fbgemm::transpose_simd<T>(int64 M, int64 N, const T* src, int64 ld_src, T* dst, int64 ld_dst)."""
+    mangled = f"_ZN6fbgemm14transpose_simdI{ {1: 'h', 2: 't', 4: 'f'}[width] }EEvllPKT_lPS1_l"
+    try:
+        # the extension module's handle also resolves names of the libraries it was linked with
+        entry = getattr(ctypes.CDLL(torch._C.__file__), mangled)
+    except (OSError, AttributeError, TypeError):
+        return None
+    long, pointer = ctypes.c_int64, ctypes.c_void_p
+    entry.argtypes, entry.restype = (long, long, pointer, long, pointer, long), None
+
+    def simd(out: torch.Tensor, src: torch.Tensor) -> None:
+        rows, cols = src.shape
+        ld, read, write = out.stride(0), src.data_ptr(), out.data_ptr()
+        for c in range(0, cols, COLUMNS):  # the interpreter lock is free during each call
+            entry(rows, min(COLUMNS, cols - c), read + c * width, cols, write + c * ld * width, ld)
+
+    return simd
+
+
+def _noise(width: int, count: int) -> torch.Tensor:
+    """Bits that look random and are the same every time; the caller's random state is left alone."""
+    seeded = torch.Generator(device="cpu").manual_seed(count)
+    noise = torch.randint(0, 256, (count * width,), dtype=torch.uint8, device="cpu", generator=seeded)
+    return noise.view(_INTS[width])
+
+
+def _seconds(kernel: Kernel, width: int) -> float:
+    """The best of some runs over one 64 KiB tile."""
+    src = _noise(width, (1 << 16) // width).view(128, -1)
+    out, best = torch.empty(src.shape[1], 256, dtype=src.dtype, device="cpu"), float("inf")
+    for _ in range(7):
+        start = time.perf_counter()
+        kernel(out[:, :128], src)
+        best = min(best, time.perf_counter() - start)
+    return best
