@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus_bytes import (
+    CONFIG,
     E7,
     E8,
 
@@ -588,8 +589,6 @@ def G05_fused(root: Path) -> None:
 
 @case()
 def G06_fp8(root: Path) -> None:
-    from corpus_bytes import CONFIG
-
     shards = good()
     for shard in (S1, S2):
         for name, tensor in list(shards[shard].items()):

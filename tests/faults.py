@@ -39,7 +39,8 @@ class Faults:
     """Replaces the calls of `restow.writing` in this process, for good: only for use in a child.
 
     `at` is the number of the call, from 1, that `what` happens to; `deny` makes calls of those names always
-    fail, with an errno. `calls` lists what was called; `outside` what changed files below `root` in any other way.
+    fail, with an errno. `calls` lists what was called; `outside` what else changed files
+    below `root`.
     """
 
     def __init__(

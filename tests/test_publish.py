@@ -1,4 +1,4 @@
-"""The commit protocol: a save that fails or dies anywhere leaves the old checkpoint or the new, never a mix."""
+"""The commit protocol: a save that fails or dies anywhere leaves the old one or the new one whole."""
 
 from __future__ import annotations
 
@@ -811,7 +811,8 @@ def test_the_manifest(fast: Path) -> None:
     assert record == json.loads(text) and manifest.read(fast) is None
     assert manifest.foreign(fast / "x") == [] and manifest.foreign(fast) == ["x"]
     bad = (b"", b"nan", b"[" * 100_000, b'{"format": 2, "files": {}}', b'{"format": 1}', b"\xff",
-           b'{"format": 1, "format": 1}', b'{"format": 1, "files": {"../x": {}}}', b'{"format": 1, "files": []}')  # fmt: skip
+           b'{"format": 1, "format": 1}',
+           b'{"format": 1, "files": {"../x": {}}}', b'{"format": 1, "files": []}')  # fmt: skip
     for data in bad:
         with pytest.raises(IndexFileError, match="in        where"):
             manifest.parse(data, "where")

@@ -1,8 +1,8 @@
 """Tiny random models of real families, built offline with transformers: the oracle of the other tests.
 
 `FAMILIES` is data: a config template per family, in which `$e`, `$f`, `$d` and `$l` stand for experts, the
-width inside an expert, the width an expert sees, and layers. Every parameter and persistent buffer gets values
-of its own, which follow from its name and shape alone: a misplaced tensor cannot pass for the right one.
+width inside an expert, the width an expert sees, and layers. Every parameter and persistent buffer gets
+values of its own, which follow from name and shape alone: a misplaced tensor cannot pass for the right one.
 """
 
 from __future__ import annotations

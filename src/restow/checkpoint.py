@@ -7,7 +7,7 @@ not prevent that are in `problems`; whoever needs what they concern raises them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,7 @@ from restow.find import Module, candidates_of, find_modules
 from restow.layout import Layout
 from restow.match import Matcher
 from restow.naming import fits
-from restow.notation import Row
+from restow.notation import Part, Row
 from restow.problems import Problem
 
 
@@ -134,16 +134,18 @@ class RouterRows:
     """A family's router rows, asked by name: hub and runtime names alike."""
 
     def __init__(self, family: Family | None) -> None:
-        self._family = family
         rows = family.routers if family is not None else ()
-        self._matcher = Matcher(((i, "", row) for i, row in enumerate(rows)), {})
+        runtime = [replace(row, name=tuple(_runtime(part, family) for part in row.name)) for row in rows]
+        self._matcher = Matcher(((i, "", row) for i, row in enumerate([*rows, *runtime])), {})
 
     def row(self, name: str) -> Row | None:
         """The router row that the end of `name` spells, on the hub or in the runtime; None for all else."""
-        if self._family is None:
-            return None
-        hits = self._matcher.match(name) or self._matcher.match(self._family.canonical(name))
+        hits = self._matcher.match(name)
         return hits[0].row if hits else None
+
+
+def _runtime(part: Part, family: Family | None) -> Part:
+    return family.canonical(part) if isinstance(part, str) and family is not None else part
 
 
 def _excused(name: str, family: Family | None, sizes: Mapping[str, int]) -> bool:

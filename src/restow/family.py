@@ -174,20 +174,23 @@ def parse_family(text: str) -> Family:
     """Parse one family's table. Raises `NotationError` for lines it does not know."""
     lines: dict[str, list[str]] = {}
     spellings: list[tuple[str, list[str]]] = []
+    rows: list[str] = []  # where lines that begin with none of our words go
     for line in text.splitlines():
         word, _, rest = line.strip().partition(" ")
         if not word:
             continue
         if word == "spelling":
-            spellings.append((rest.strip(), []))
-        elif word in ("family", "size", "order", "module", "rename", "router", "ignore", "require"):
+            rows = []
+            spellings.append((rest.strip(), rows))
+        elif word == "router" and "router" not in lines:
+            rows = lines["router"] = [rest.strip()]
+        elif word in ("family", "size", "order", "module", "rename", "ignore", "require"):
             lines.setdefault(word, []).append(rest.strip())
         elif spellings:
-            spellings[-1][1].append(line)
+            rows.append(line.strip())
         else:
-            raise NotationError(
-                "a line of a family's table", f"'{word}'", sections=[("line", [line.strip()])]
-            )
+            found = f"'{word}'"
+            raise NotationError("a line of a family's table", found, sections=[("line", [line.strip()])])
     labels, *order = (lines.get("order") or ["gate|up p f"])[0].split()
     containers = tuple(tuple(line.split()) for line in lines["module"])
     built = []
@@ -195,7 +198,7 @@ def parse_family(text: str) -> Family:
         names, _, container = head.partition("@")
         built.append(
             Spelling(
-                tuple(names.split()), container.strip() or containers[0][0], Layout.parse("\n".join(rows))
+                tuple(names.split()), container.strip() or containers[0][0], Layout.parse("\n".join(body))
             )
         )
     return Family(

@@ -77,18 +77,24 @@ def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) 
     if wish.shard is not None:
         axis = wish.shard.axis
         if axis not in sizes:
-            raise UsageError(f"an axis whose size the source gives, one of {', '.join(sorted(sizes))}", f"'{axis}'")
+            raise UsageError(
+                f"an axis whose size the source gives, one of {', '.join(sorted(sizes))}", f"'{axis}'"
+            )
         local = {axis: wish.shard.run(sizes[axis])[1]}
     shapes = {name: target.shape for name, target in targets.items()}
     layout = layout_of(wish.layout, family)
     candidates: tuple[Spelling, ...] = candidates_of(family, layout)
     if family is None and layout is None:
-        candidates += tuple({m.layout: Spelling(m.names, "", m.layout) for m in source.modules.values()}.values())
+        candidates += tuple(
+            {m.layout: Spelling(m.names, "", m.layout) for m in source.modules.values()}.values()
+        )
     found = find_modules(
         shapes,
         candidates,
         sizes,
-        claimed=lambda name: family is not None and any(fits(p, name, source.sizes) for p in family.ignorable),
+        claimed=lambda name: (
+            family is not None and any(fits(p, name, source.sizes) for p in family.ignorable)
+        ),
         local=local,
         partial=wish.shard is not None or wish.part,
         what="the destination",
@@ -118,7 +124,9 @@ def pair_modules(source: Checkpoint, found: Mapping[str, Module], wish: Wish) ->
     family = wish.family or source.family
     by_path: dict[str, str] = {}
     by_place: dict[object, list[str]] = {}
-    owner = {name: path for path, module in found.items() for names in module.tensors.values() for name in names}
+    owner = {
+        name: path for path, module in found.items() for names in module.tensors.values() for name in names
+    }
     for path, module in source.modules.items():
         if isinstance(wish.rename, Mapping):
             first = next((n for names in module.tensors.values() for n in names if n is not None), path)

@@ -224,7 +224,9 @@ class _Draft:
         for move in made:
             pattern = self.patterns.setdefault(move.pattern, len(self.patterns))
             part = self._part(sources[move.source], move.piece)
-            self.copies.append(Copy(part, move.at, self.target_ids[targets[move.target]], move.start, pattern))
+            self.copies.append(
+                Copy(part, move.at, self.target_ids[targets[move.target]], move.start, pattern)
+            )
 
     def _part(self, name: str, number: int) -> int:
         if (name, number) not in self.part_ids:

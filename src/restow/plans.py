@@ -95,7 +95,8 @@ class Plan:
     def bytes(self) -> int:
         """Bytes of the files' data sections that this plan reads, gaps that are read through included."""
         return sum(
-            read_bytes(*self.patterns[batch[0].pattern][:2], self.itemsize(batch[0])) for batch in self.batches()
+            read_bytes(*self.patterns[batch[0].pattern][:2], self.itemsize(batch[0]))
+            for batch in self.batches()
         )
 
     @cached_property
@@ -158,7 +159,10 @@ class Plan:
             lines.append(f"  ... {len(self.layouts) - 3} more experts modules")
         for label, names in (("missing", self.missing), ("unused", self.unused), ("passed", self.passed)):
             if names:
-                lines.append(f"  {label}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else ""))
+                lines.append(
+                    f"  {label}: {', '.join(names[:3])}"
+                    + (f" and {len(names) - 3} more" if names[3:] else "")
+                )
         return "\n".join(lines)
 
 
