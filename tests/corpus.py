@@ -1,7 +1,8 @@
-"""Bad checkpoints, and good ones that must pass: a table of small builders with the reaction that is wanted of each.
+"""Bad checkpoints, and good ones that must pass: small builders, each with the reaction that is wanted.
 
-`CASES` maps an id to a `Case`. A builder writes a checkpoint into an empty folder and may return the path to open.
-Another level is another module: it imports `case`, decorates its builders, and they stand in the same table.
+`CASES` maps an id to a `Case`. A builder writes a checkpoint into a new folder and may return the path
+to open. Another level is another module: it imports `case`, decorates its builders, and they stand in
+the same table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from corpus_bytes import (
     CONFIG,
     E7,
     E8,
-
     INDEX,
     S1,
     S2,
@@ -36,7 +36,6 @@ from corpus_bytes import (
     table,
     write,
 )
-
 from restow import errors
 from restow.errors import RestowError
 
@@ -93,7 +92,9 @@ def shard2(*holds: str, error: type[RestowError], **more: Any) -> Callable[[Buil
     return register
 
 
-def index(*holds: str, error: type[RestowError] = errors.IndexFileError, **more: Any) -> Callable[[Builder], Builder]:
+def index(
+    *holds: str, error: type[RestowError] = errors.IndexFileError, **more: Any
+) -> Callable[[Builder], Builder]:
     """A case whose index is at fault."""
 
     def register(build: Builder) -> Builder:
@@ -442,7 +443,11 @@ def I19_utf16(root: Path) -> None:
     (root / INDEX).write_bytes((root / INDEX).read_text().encode("utf-16"))
 
 
-@index("Model-00002-of-00003.safetensors", error=errors.MissingShardError, file="Model-00002-of-00003.safetensors")
+@index(
+    "Model-00002-of-00003.safetensors",
+    error=errors.MissingShardError,
+    file="Model-00002-of-00003.safetensors",
+)
 def I20_case_differs(root: Path) -> None:
     text = (root / INDEX).read_text()
     (root / INDEX).write_text(text.replace(S2, S2.capitalize()))
@@ -604,5 +609,3 @@ def G06_fp8(root: Path) -> None:
 @case()
 def G07_dcp_shards(root: Path) -> None:
     _ranks(root)
-
-

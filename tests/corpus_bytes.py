@@ -1,7 +1,7 @@
 """A tiny Qwen3-MoE checkpoint, and safetensors bytes by a few lines of our own, so that they can be wrong.
 
-Two layers, 12 experts (so that text order shows), hidden 16, expert inner 8, three shards. Every value follows from
-the tensor's number and the element's: never zero, and equal in no two neighbours.
+Two layers, 12 experts (so that text order shows), hidden 16, expert inner 8, three shards. Every value
+follows from the tensor's number and the element's: never zero, and equal in no two neighbours.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def good(dtype: str = "BF16") -> Shards:
     return found
 
 
-def table(shard: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bytes]:
+def table(
+    shard: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], bytes]:
     """A header as a dict, and the data behind it."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     data = b""
@@ -120,7 +122,9 @@ def table(shard: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
     return header, data
 
 
-def blob(header: Mapping[str, Any] | bytes, data: bytes = b"", *, length: int | None = None, align: int = 8) -> bytes:
+def blob(
+    header: Mapping[str, Any] | bytes, data: bytes = b"", *, length: int | None = None, align: int = 8
+) -> bytes:
     """The bytes of a file; `header` may be raw text, `length` a lie."""
     text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
     if not isinstance(header, bytes):

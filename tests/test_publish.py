@@ -276,6 +276,28 @@ def test_the_order_of_the_calls(fast: Path) -> None:
     assert calls[-len(tail) :] == tail
 
 
+def test_what_was_replaced_goes_only_when_its_successor_is_safe(fast: Path) -> None:
+    """Killed between the exchange and the sync of the parent: the next run syncs before it sweeps."""
+    bench = Bench(fast, "replace")
+    calls = bench.run()[1]
+    bench.run([name for name, _ in calls].index("exchange") + 1, "die after")
+    assert (
+        bench.check("killed") == "new" and outcome(bench.folder / "run" / ".x.partial", bench.known) == "old"
+    )
+    report = fast / "later"
+
+    def work() -> None:
+        faults = Faults()
+        publish(bench.path, 2, replace=True)
+        report.write_text(json.dumps(faults.calls))
+
+    assert forked(work).error is None
+    later = [tuple(call) for call in json.loads(report.read_text())]
+    assert later.index(("sync_folder", "run")) < next(
+        i for i, (name, _) in enumerate(later) if name == "unlink"
+    )
+
+
 @pytest.mark.parametrize("mode", ["new", "replace"])
 def test_short_writes_are_continued(fast: Path, mode: str) -> None:
     bench = Bench(fast, mode)
@@ -596,6 +618,14 @@ def test_what_appears_while_we_work_is_kept(fast: Path) -> None:
         shutil.rmtree(fast / "x")
 
 
+def test_what_appears_at_the_last_moment_is_kept(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = writing.rename_new
+    monkeypatch.setattr(writing, "rename_new", lambda old, new: (new.mkdir(), real(old, new)))
+    with pytest.raises(DestinationExistsError, match="EEXIST"):
+        publish(fast / "x", 1)
+    assert [path.name for path in fast.iterdir()] == ["x"] and list((fast / "x").iterdir()) == []
+
+
 def test_no_link_or_special_file_is_replaced(fast: Path) -> None:  # D11
     (fast / "folder").mkdir()
     (fast / "file").write_text("mine")
@@ -737,6 +767,30 @@ def test_threads_write_into_one_file(fast: Path) -> None:
             thread.join()
         staging.finish()
     assert (fast / "x" / "a").read_bytes() == b"".join(parts)
+
+
+def test_a_file_is_not_closed_below_a_running_write(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number could by then belong to another file, which the write would then damage."""
+    real, running, order = writing.pwrite, threading.Event(), []
+
+    def slow(fd: int, data: memoryview, offset: int) -> int:
+        if len(data) == 7:
+            running.set()
+            time.sleep(0.2)
+            order.append("written")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(writing, "pwrite", slow)
+    close = writing.close
+    monkeypatch.setattr(writing, "close", lambda fd: (order.append("closed"), close(fd)))
+    with pytest.raises(ZeroDivisionError), Staging(fast / "x", size=7, count=1) as staging:
+        staging.create("a", 7)
+        thread = threading.Thread(target=staging.write, args=("a", 0, b"1234567"))
+        thread.start()
+        running.wait()
+        raise ZeroDivisionError
+    thread.join()
+    assert order == ["written", "closed"] and list(fast.iterdir()) == []
 
 
 def test_a_file_written_in_part_is_not_published(fast: Path) -> None:

@@ -1,1 +1,62 @@
-"""restow."""
+"""restow re-stows the weights of Mixture-of-Experts models between the layout a checkpoint has on disk and the layout a
+model has in memory: in place, exactly, both ways.
+
+    report = restow.load("checkpoint/", model)        # any hub layout, into the model's own storage
+    plan = restow.plan("checkpoint/", model)          # what that would read and write, without doing it
+
+Importing this module imports neither torch nor numpy: names are looked up when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if _TYPE_CHECKING:
+    from restow import errors as errors
+    from restow.checkpoint import Checkpoint as Checkpoint
+    from restow.family import Family as Family
+    from restow.known import FAMILIES as families
+    from restow.layout import Layout as Layout
+    from restow.named import GENERAL as layouts
+    from restow.opening import open_checkpoint as open
+    from restow.plans import Plan as Plan
+    from restow.targets import Shard as Shard
+    from restow.torch.load import LoadReport as LoadReport
+    from restow.torch.load import load as load
+    from restow.torch.load import plan as plan
+    from restow.torch.relayout import relayout as relayout
+
+_PLACES = {
+    "Checkpoint": ("restow.checkpoint", "Checkpoint"),
+    "Family": ("restow.family", "Family"),
+    "Layout": ("restow.layout", "Layout"),
+    "LoadReport": ("restow.torch.load", "LoadReport"),
+    "Plan": ("restow.plans", "Plan"),
+    "Shard": ("restow.targets", "Shard"),
+    "errors": ("restow.errors", ""),
+    "families": ("restow.known", "FAMILIES"),
+    "layouts": ("restow.named", "GENERAL"),
+    "load": ("restow.torch.load", "load"),
+    "open": ("restow.opening", "open_checkpoint"),
+    "plan": ("restow.torch.load", "plan"),
+    "relayout": ("restow.torch.relayout", "relayout"),
+}
+
+__all__ = [
+    "open", "plan", "load", "relayout", "Checkpoint", "Plan", "LoadReport", "Layout", "Family", "Shard", "layouts",
+    "families", "errors",
+]  # fmt: skip
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'restow' has no attribute '{name}'")
+    module, attribute = _PLACES[name]
+    found = _import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -15,6 +15,7 @@ from restow.errors import HeaderError, LayoutError, RestowError, TruncatedFileEr
 from restow.limits import Limits
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|(?:^|/)\.\.(?:/|$)")
+AGAIN = "fetch the file again; if it comes the same, it was written wrong"
 _BITS = 2**63  # more bits than this cannot be in any file
 
 
@@ -27,14 +28,18 @@ def kind(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = show(value)
-    return f"the number {text}" if isinstance(value, int) or type(value) is not str else f"the text {text!r}"
+    return f"the number {text}" if isinstance(value, int) or type(value) is not str else f"the text '{text}'"
 
 
 def listed(
-    error: type[RestowError], expected: str, lines: Sequence[tuple[str, str]], path: str, hint: str = ""
+    error: type[RestowError], expected: str, lines: Sequence[tuple[str, str]], path: str, hint: str = AGAIN
 ) -> RestowError:
     """One error for many tensors: (name, what was found there), the first in the first line."""
-    sections = [("tensors", (f"{show(name)}: {found}" for name, found in lines))] if len(lines) > 1 else []
+    sections = (
+        [("tensors", (f"{show(name) or '(no name)'}: {found}" for name, found in lines))]
+        if len(lines) > 1
+        else []
+    )
     return error(expected, lines[0][1], path=path, tensor=lines[0][0], sections=sections, hint=hint)
 
 
@@ -119,7 +124,7 @@ def of_names(names: Sequence[str], path: str, limits: Limits) -> list[RestowErro
         if not name:
             wrong.append((name, "a tensor without a name"))
         elif _CONTROL.search(name):
-            wrong.append((name, f"the name {show(name)}"))
+            wrong.append((name, "control characters or path parts in a name"))
         elif len(name.encode()) > limits.name:
             wrong.append((name, f"a name of {len(name.encode())} bytes"))
     if not wrong:
@@ -142,9 +147,9 @@ def of_places(
         begin = begins[row]
         if begin < at:
             other = show(names[last])
-            overlaps.append((names[row], f"its bytes {begin} to {ends[row]} begin inside those of {other}"))
+            overlaps.append((names[row], f"bytes {begin} to {ends[row]}, which begin inside {other}"))
         elif begin > at:
-            holes.append((names[row], f"{begin - at} bytes before it that no tensor claims"))
+            holes.append((names[row], f"{begin - at} bytes before this one that no tensor claims"))
         if ends[row] >= at:
             at, last = ends[row], row
     errors: list[RestowError] = []

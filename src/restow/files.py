@@ -27,6 +27,7 @@ from restow.errors import (
 
 IOV_MAX = 1024  # buffers that one preadv takes
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+_LOOK = "look at what lies under this name, and put the file there"
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -129,7 +130,7 @@ def open_source(
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             kind = next((text for test, text in _KINDS if test(status.st_mode)), "something else")
-            raise refuse(f"{what} (a regular file)", kind, path=name)
+            raise refuse(f"{what} (a regular file)", kind, path=name, hint=_LOOK)
         return SourceFile(fd, name, status)
     except BaseException:
         os.close(fd)
@@ -161,7 +162,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 def _refuse_open(error: OSError, path: str, what: str, refuse: type[RestowError]) -> NoReturn:
     if error.errno == errno.ELOOP:
-        raise UnsafePathError(what, "a link that leads back to itself", path=path) from None
+        raise UnsafePathError(what, "a link that leads back to itself", path=path, hint=_LOOK) from None
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
         dangling = error.errno == errno.ENOENT and Path(path).is_symlink()
         raise MissingShardError(
@@ -173,7 +174,7 @@ def _refuse_open(error: OSError, path: str, what: str, refuse: type[RestowError]
             else "download it again, or check the path",
         ) from None
     if error.errno == errno.ENXIO:  # what the system says for sockets and for devices without a driver
-        raise refuse(f"{what} (a regular file)", "a socket or a device", path=path) from None
+        raise refuse(f"{what} (a regular file)", "a socket or a device", path=path, hint=_LOOK) from None
     _refuse_os(error, path)
 
 

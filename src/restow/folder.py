@@ -145,7 +145,8 @@ def _sharded(
     }
     if doubled:
         lines = [(name, f"in {' and '.join(headers[i].file for i, _ in at)}") for name, at in doubled.items()]
-        errors.append(listed(AmbiguousTensorError, "every tensor in one file", lines, root))
+        hint = "remove the file that is left from another save"
+        errors.append(listed(AmbiguousTensorError, "every tensor in one file", lines, root, hint))
     parts: dict[str, list[_Place]] = {}
     for i, header in enumerate(headers):
         for row, offset in enumerate(offsets.get(i) or ()):

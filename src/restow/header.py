@@ -40,6 +40,7 @@ _OTHERS = (  # what people find under a shard's name, by its first bytes
     (b"<html", "an HTML page", "download the file again: a web page was saved under its name"),
     (b"<?xml", "an XML page", "download the file again: a web page was saved under its name"),
 )
+_BIG = "the file is damaged, or no safetensors file; Limits(header=...) raises the limit"
 _CONVERT = "convert it with safetensors.torch.save_file where its origin is trusted"
 
 
@@ -85,7 +86,7 @@ def parse_header(
             path=path,
             tensor=name,
             sections=[("twice", map(show, fault.names))] if len(fault.names) > 1 else (),
-            hint="nothing in this file can be trusted; fetch or write it again",
+            hint=faults.AGAIN,
         ) from None
     metadata = _metadata(table, path)
     if len(table) > limits.tensors:
@@ -142,7 +143,9 @@ def _frame(source: SourceFile, limits: Limits) -> bytes:
         if head.startswith(magic) or text.startswith(magic):
             raise NotSafetensorsError("a safetensors file", what, path=path, hint=hint or _CONVERT)
     if length > limits.header:
-        raise HeaderError(f"a header of at most {limits.header} bytes", f"{length} bytes", path=path)
+        raise HeaderError(
+            f"a header of at most {limits.header} bytes", f"{length} bytes", path=path, hint=_BIG
+        )
     if length > size - _LENGTH:
         raise TruncatedFileError(
             f"a header of {length} bytes, as the first {_LENGTH} bytes say",
@@ -150,8 +153,13 @@ def _frame(source: SourceFile, limits: Limits) -> bytes:
             path=path,
             hint="download or write it again",
         )
-    found = show(head[_LENGTH : _LENGTH + min(length, 8)].decode("latin-1")) if length else ""
-    raise HeaderError("a header that begins with {", repr(found) if length else "an empty header", path=path)
+    found = show(head[_LENGTH : _LENGTH + min(length, 8)].decode("latin-1"))
+    raise HeaderError(
+        "a header that begins with {",
+        f"'{found}'" if length else "an empty header",
+        path=path,
+        hint=faults.AGAIN,
+    )
 
 
 def _metadata(table: Any, path: str) -> dict[str, str]:
@@ -159,11 +167,16 @@ def _metadata(table: Any, path: str) -> dict[str, str]:
     if value is None:  # null too, as safetensors does
         return {}
     if not isinstance(value, dict):
-        raise HeaderError("__metadata__ that maps text to text", faults.kind(value), path=path)
+        raise HeaderError(
+            "__metadata__ that maps text to text", faults.kind(value), path=path, hint=faults.AGAIN
+        )
     for name, text in value.items():
         if type(text) is not str:
             raise HeaderError(
-                "__metadata__ that maps text to text", f"{faults.kind(text)} under {show(name)}", path=path
+                "__metadata__ that maps text to text",
+                f"{faults.kind(text)} under {show(name)}",
+                path=path,
+                hint=faults.AGAIN,
             )
     return value
 
@@ -255,5 +268,6 @@ def _twins(names: tuple[str, ...], path: str) -> Iterable[Problem]:
             path=path,
             tensor=pairs[0][0],
             sections=[("equal", (f"{show(a)} and {show(b)}" for a, b in pairs))],
+            hint="a reader that normalises names would mix them up; rename one",
         )
         yield Problem(error, False)

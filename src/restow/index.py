@@ -58,7 +58,7 @@ def read_index(path: str, limits: Limits = LIMITS) -> Index:
         raise listed(IndexFileError, "the name of a file for every tensor", wrong, path, _HINT)
     unsafe = {shard for shard in shared if not _plain(shard)}
     if unsafe:
-        wrong = [(name, repr(show(shard))) for name, shard in table.items() if shard in unsafe]
+        wrong = [(name, f"'{show(shard)}'") for name, shard in table.items() if shard in unsafe]
         raise listed(UnsafePathError, f"plain file names that end in {SUFFIX}", wrong, path, _HINT)
     metadata = value.get("metadata")
     return Index(path, table, metadata if isinstance(metadata, dict) else {})
@@ -119,4 +119,6 @@ def _total(index: Index, headers: Sequence[Header]) -> list[Problem]:
     if said == total and not isinstance(said, bool):
         return []
     found = f"total_size {show(said)}"
-    return [Problem(IndexMismatchError(f"total_size {total} in metadata", found, path=index.path), False)]
+    hint = "nothing depends on it; whoever writes the index should count the bytes of all tensors"
+    error = IndexMismatchError(f"total_size {total} in metadata", found, path=index.path, hint=hint)
+    return [Problem(error, False)]

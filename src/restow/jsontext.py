@@ -76,7 +76,7 @@ def parse(
         what = (
             "JSON that stops before its end"
             if cut
-            else f"no JSON: {show(text[error.pos : error.pos + 20])!r}"
+            else f"no JSON: '{show(text[error.pos : error.pos + 20])}'"
         )
         raise JsonFault(f"{what} at character {error.pos}") from None
     except JsonFault:
@@ -117,4 +117,4 @@ def too_deep(raw: bytes, depth: int) -> bool:
         level += 1 if mark == 91 else -1  # 91 is the opening bracket
         if level + removed > depth:
             return True
-    return False
+    return removed > depth

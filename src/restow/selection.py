@@ -81,7 +81,11 @@ def _indexed(root: str, found: list[str], indexes: list[str], limits: Limits) ->
     standard = SINGLE + ".index.json"
     if standard not in indexes and len(indexes) > 1:
         raise AmbiguousSourceError(
-            "one index", f"{len(indexes)}", path=root, sections=[("indexes", map(show, indexes))]
+            "one index",
+            f"{len(indexes)}",
+            path=root,
+            sections=[("indexes", map(show, indexes))],
+            hint="move all but one away with their shards, or name one file",
         )
     index = read_index(str(Path(root) / (standard if standard in indexes else indexes[0])), limits)
     named = sorted(set(index.shards.values()))
@@ -100,7 +104,8 @@ def _indexed(root: str, found: list[str], indexes: list[str], limits: Limits) ->
         errors.append(_missing(root, f"{len(named)} shards, as {index.name} says", named, lost, found))
     beside = [name for name in found if name not in named]
     ours = {_set(name) for name in named} - {None}
-    unnamed = [name for name in beside if _set(name) in ours]
+    misspelled = {name.casefold() for name in lost}  # told already
+    unnamed = [name for name in beside if _set(name) in ours and name.casefold() not in misspelled]
     if unnamed:
         errors.append(
             IndexMismatchError(
@@ -111,7 +116,7 @@ def _indexed(root: str, found: list[str], indexes: list[str], limits: Limits) ->
                 hint="download the index again, with its shards",
             )
         )
-    strays = _strays(root, [name for name in beside if name not in unnamed])
+    strays = _strays(root, [name for name in beside if _set(name) not in ours])
     present = tuple(name for name in named if name in found)
     return Selection(root, present, index, tuple(errors), strays)
 
@@ -142,7 +147,11 @@ def _unnumbered(root: str, found: list[str]) -> Iterable[RestowError]:
         if len(counts[stem]) > 1:
             lines = [f"{show(stem)} of {int(number)}" for number in counts[stem]]
             yield AmbiguousSourceError(
-                "one set of shards", f"{len(lines)}", path=root, sections=[("sets", lines)]
+                "one set of shards",
+                f"{len(lines)}",
+                path=root,
+                sections=[("sets", lines)],
+                hint="remove the set that is left from an earlier save",
             )
             return
         if int(count) > 100_000 or int(count) == len(names):
@@ -163,12 +172,13 @@ def _missing(
         else show(name)
         for name in lost
     ]
+    spelled = sum(name.casefold() in cases for name in lost)
     return MissingShardError(
         expected,
         f"{len(wanted) - len(lost)} of them",
         path=Path(root) / lost[0],
         sections=[("missing", lines)],
-        hint="download these shards",
+        hint="rename them as the index has them" if spelled == len(lost) else "download these shards",
     )
 
 
@@ -190,7 +200,7 @@ def _nothing(root: str, names: list[str]) -> RestowError:
     if pickles:
         return UnsafePickleError(
             "safetensors files",
-            f"only {len(pickles)} pickles, which run code when they are read",
+            "only pickles, which run code when they are read",
             path=root,
             sections=[("pickles", map(show, pickles))],
             hint=_CONVERT,

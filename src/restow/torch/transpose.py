@@ -3,10 +3,11 @@
 Bits are moved, never computed on: elements travel as integers of their own width, or as floats that no
 arithmetic touches, so NaN payloads, signed zeros and subnormals survive. Three kernels, best first:
 
-- `simd`: fbgemm's SIMD transpose, found by its mangled name in the libraries that torch has loaded. It reads
-  the tile and writes the strided destination in one pass, without a temporary. The name spells out the types of
-  the arguments: another build of torch has either this very signature or no such name.
-- `shuffle`: `torch.native_channel_shuffle`, whose channels_last path runs the same SIMD code into a temporary.
+- `simd`: fbgemm's SIMD transpose, found by its mangled name in the libraries that torch has loaded. It writes
+  the strided destination itself, or through a temporary of `SPAN` bytes where the stride would make the lines
+  of one column of tiles share a cache set. The name spells out the types of the arguments: another build of
+  torch has either this very signature or no such name.
+- `shuffle`: `torch.native_channel_shuffle`: its channels_last path runs the same code into a temporary.
 - `plain`: ATen's block transpose into a temporary, then a row copy. Works everywhere and for every width.
 
 A kernel is used only after it moved test patterns exactly and beat `plain` once in this process. Rejected:
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Final, Literal
 
+import numpy as np
 import torch
 
 __all__ = ["Kernel", "copy_transposed", "kernel_for", "tile_shape"]
@@ -33,7 +35,9 @@ Kernel = Callable[[torch.Tensor, torch.Tensor], None]  # (out [cols, rows], rows
 
 TILE_BYTES: Final = 1 << 20  # half of a common second-level cache
 LINE: Final = 64  # bytes of a cache line: fewer rows than that write each destination line more than once
-COLUMNS: Final = 256  # per SIMD call: the destination lines of a pass over 16 rows fit the first-level cache
+COLUMNS: Final = 512  # per direct call: lines that a pass over 16 rows wrote in part are at hand for the next
+ALIAS: Final = 2048  # row strides of whole multiples of this fall on one or two sets of a first-level cache
+SPAN: Final = 1 << 17
 SHUFFLE_BYTES: Final = 1 << 19  # the shuffle's temporary beside its source: both stay in the second level
 PLAIN_ROWS: Final = 128
 
@@ -43,8 +47,8 @@ _INTS: Final = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32,
 def copy_transposed(dst: torch.Tensor, src: torch.Tensor, *, kernel: Name | None = None) -> None:
     """`dst.copy_(src)`, fast where `dst` [rows, cols] has strides (1, ld >= rows); other strides work too.
 
-    A leading batch dim, [n, rows, cols] on both sides, is a loop. `kernel` forces one, for tests and benches; a
-    kernel that does not apply to the width or to this build of torch gives way to `plain`.
+    A leading batch dim, [n, rows, cols] on both sides, is a loop. `kernel` forces one, for tests and benches;
+    one that does not apply to the width or to this build of torch gives way to `plain`.
     """
     if dst.device.type != "cpu" or src.device.type != "cpu":
         raise ValueError(f"expected CPU tensors, found {dst.device} and {src.device}")
@@ -101,18 +105,18 @@ def kernel_for(width: int) -> Kernel:
 
 def is_exact(kernel: Kernel, width: int) -> bool:
     """Whether `kernel` moves tiles of many remainders bit for bit and leaves the memory around them alone."""
-    shapes = ((2, 2), (3, 5), (7, 4), (16, 16), (17, 33), (32, 64), (48, 67), (65, 31), (64, COLUMNS + 9))
+    shapes = ((2, 2), (3, 5), (7, 4), (16, 16), (17, 33), (48, 67), (65, 31), (64, COLUMNS + 9))
     for rows, cols in shapes:
-        bits = _noise(width, rows * cols + 1)
-        src = bits[1:].view(rows, cols)
-        found, wanted = (_noise(width, cols * (rows + 3) + 1)[1:].view(cols, rows + 3) for _ in range(2))
-        wanted[:, 1 : rows + 1].copy_(src.t())
-        try:
-            kernel(found[:, 1 : rows + 1], src)
-        except (RuntimeError, ValueError, TypeError):
-            return False
-        if not torch.equal(found, wanted):
-            return False
+        src = _noise(width, rows * cols + 1)[1:].view(rows, cols)
+        for ld in (rows + 3, ALIAS // width):
+            found, wanted = (_noise(width, cols * ld + 1)[1:].view(cols, ld) for _ in range(2))
+            wanted[:, 1 : rows + 1].copy_(src.t())
+            try:
+                kernel(found[:, 1 : rows + 1], src)
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                return False
+            if not torch.equal(found, wanted):
+                return False
     return True
 
 
@@ -175,8 +179,18 @@ def _simd(width: int) -> Kernel | None:
     def simd(out: torch.Tensor, src: torch.Tensor) -> None:
         rows, cols = src.shape
         ld, read, write = out.stride(0), src.data_ptr(), out.data_ptr()
-        for c in range(0, cols, COLUMNS):  # the interpreter lock is free during each call
-            entry(rows, min(COLUMNS, cols - c), read + c * width, cols, write + c * ld * width, ld)
+        if ld * width % ALIAS:
+            for c in range(0, cols, COLUMNS):  # the interpreter lock is free during each call
+                entry(rows, min(COLUMNS, cols - c), read + c * width, cols, write + c * ld * width, ld)
+            return
+        step = min(cols, max(LINE, SPAN // (rows * width)))
+        padded = rows + LINE // width  # so that the temporary's own stride does not alias
+        span = torch.empty(step, padded, dtype=src.dtype, device="cpu")
+        whole, part = out.numpy(), span.numpy()[:, :rows]  # numpy calls in no threads of its own, torch would
+        for c in range(0, cols, step):
+            n = min(step, cols - c)
+            entry(rows, n, read + c * width, cols, span.data_ptr(), padded)
+            np.copyto(whole[c : c + n], part[:n])
 
     return simd
 
@@ -189,11 +203,11 @@ def _noise(width: int, count: int) -> torch.Tensor:
 
 
 def _seconds(kernel: Kernel, width: int) -> float:
-    """The best of some runs over one 64 KiB tile."""
-    src = _noise(width, (1 << 16) // width).view(128, -1)
-    out, best = torch.empty(src.shape[1], 256, dtype=src.dtype, device="cpu"), float("inf")
+    """The best of some runs over a tile just too small for torch to call its other threads in."""
+    src = _noise(width, 62 * 528).view(62, 528)
+    out, best = torch.empty(src.shape[1], 96, dtype=src.dtype, device="cpu"), float("inf")
     for _ in range(7):
         start = time.perf_counter()
-        kernel(out[:, :128], src)
+        kernel(out[:, :62], src)
         best = min(best, time.perf_counter() - start)
     return best

@@ -1,0 +1,282 @@
+"""`restow.load`: a checkpoint, or tensors in memory, into a model's own storage; and `restow.plan` for such a model.
+
+Everything is judged and planned before the first byte is read. It raises what is missing or has no place, by name;
+what it returns is a report of what was really done.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from restow.checkpoint import Checkpoint, survey
+from restow.entries import Entry, Piece
+from restow.errors import (
+    MissingTensorError,
+    PrecisionError,
+    UnexpectedTensorError,
+    UsageError,
+    show,
+)
+from restow.family import Family
+from restow.landing import Experts, Wish
+from restow.layout import Layout
+from restow.naming import Rename
+from restow.opening import family_of, open_checkpoint
+from restow.planning import default_targets, make_plan
+from restow.plans import Plan
+from restow.targets import Shard
+from restow.torch.dtypes import narrows
+from restow.torch.read import Progress, run_plan
+from restow.torch.storage import Into, Slots, slot_of, slots_of
+
+Source = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load did. Sizes are in bytes; `seconds` is the whole call.
+
+    `in_place` names the tensors that were written in their own storage; `staged` maps a name to why it was not;
+    `narrowed` maps a name to the cast that lost precision; `unused` are source tensors without a place that were
+    allowed, `missing` destinations that were left as they were because that was allowed.
+    """
+
+    bytes_read: int
+    bytes_written: int
+    in_place: tuple[str, ...]
+    staged: Mapping[str, str]
+    narrowed: Mapping[str, str]
+    unused: tuple[str, ...]
+    missing: tuple[str, ...]
+    warnings: tuple[str, ...]
+    seconds: float
+    modules: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
+        lines = [
+            f"{len(self.in_place):,} tensors filled in place: {self.bytes_read:,} bytes read, "
+            f"{self.bytes_written:,} written, {self.seconds:.2f} s ({rate:.1f} GB/s)"
+        ]
+        for label, names in (("staged", self.staged), ("narrowed", self.narrowed)):
+            lines += [f"  {label} {show(name)}: {why}" for name, why in list(names.items())[:3]]
+            if len(names) > 3:
+                lines.append(f"  ... {len(names) - 3} more {label}")
+        for label, listed in (("unused", self.unused), ("missing", self.missing)):
+            if listed:
+                more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+                lines.append(f"  {label}: {', '.join(map(show, listed[:3]))}{more}")
+        lines += [f"  warning: {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+
+def as_checkpoint(source: Source, family: Family | None, layout: Layout | None = None) -> Checkpoint:
+    """Any source as a `Checkpoint`: a path is opened, tensors are surveyed by their names and shapes."""
+    if isinstance(source, Checkpoint):
+        return source if family is None or source.family is family else replace(source, family=family)
+    if isinstance(source, Mapping):
+        return survey({name: _entry(name, t) for name, t in source.items()}, family=family, layout=layout)
+    return open_checkpoint(source, family=family)
+
+
+def _entry(name: str, tensor: object) -> Entry:
+    if not isinstance(tensor, torch.Tensor):
+        raise UsageError(f"a tensor as {show(name)}", type(tensor).__name__, tensor=name)
+    slot = slot_of(name, tensor)
+    box = tuple((0, n) for n in slot.target.shape)
+    return Entry(slot.target.dtype, slot.target.shape, (Piece(box, "", 0, tensor.nbytes),))
+
+
+def wish_of(
+    slots: Slots,
+    layout: str | Layout | None,
+    family: Family | None,
+    rename: Rename,
+    shard: Shard | None,
+    experts: Experts,
+    part: bool,
+) -> Wish:
+    """The caller's words about a destination, with the names of its plain tensors."""
+    plain = frozenset(name for name, slot in slots.slots.items() if slot.plain)
+    return Wish(layout, family, rename, shard, experts, part, plain)
+
+
+def plan(
+    source: Source,
+    into: Into | None = None,
+    *,
+    layout: str | Layout | None = None,
+    family: str | Family | None = None,
+    rename: Rename = (),
+    shard: Shard | None = None,
+    experts: Experts = None,
+    part: bool = False,
+) -> Plan:
+    """Plan a load without doing it: which bytes of which file go where. Reads headers only.
+
+    `into=None` plans the tensors that the source has in `layout` ("grouped" if None), whole or by `shard`. Tensors of
+    `into` may be meta tensors. What nothing fills is in `.missing`, what has no place in `.unused`.
+    """
+    known = family_of(family)
+    opened = as_checkpoint(source, known)
+    if into is None:
+        wish = Wish(layout, known, (), shard, experts, part)
+        targets = default_targets(opened, layout, wish)
+        names = frozenset(target.name for target in targets)
+        return make_plan(opened, targets, replace(wish, layout=layout or "grouped", plain=names))
+    slots = slots_of(into, meta=True)
+    wish = wish_of(slots, layout, known, rename, shard, experts, part)
+    return make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
+
+
+def load(
+    source: Source,
+    into: Into,
+    *,
+    layout: str | Layout | None = None,
+    family: str | Family | None = None,
+    rename: Rename = (),
+    shard: Shard | None = None,
+    experts: Experts = None,
+    part: bool = False,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress | bool | None = None,
+    strict: bool = False,
+) -> LoadReport:
+    """Fill `into` from `source`, in place. Nothing is replaced, nothing is communicated, nothing is left unsaid.
+
+    `source`: a folder, a file, a `Checkpoint`, or a mapping of names to tensors. `into`: an `nn.Module`, a list of
+    them, or a mapping of names to tensors or DTensors; casts to its dtypes. `layout` is the destination's, found from
+    names and shapes if None. Raises before the first byte: `MissingTensorError`, `UnexpectedTensorError` (see
+    `allow_missing`, `allow_unused`: `fnmatch` patterns over full names), `ShapeMismatchError`, `PrecisionError`
+    (a cast that narrows an exact row), `AmbiguousLayoutError`, and what `open` finds fatal.
+    """
+    started = time.perf_counter()
+    known = family_of(family)
+    opened = as_checkpoint(source, known)
+    slots = slots_of(into)
+    wish = wish_of(slots, layout, known, rename, shard, experts, part)
+    made = make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
+    missing = _allowed(made.missing, allow_missing, "allow_missing", _missing_error(opened))
+    unused = _judge_unused(made, slots, opened, wish, allow_unused)
+    narrowed = _narrowed(made, opened)
+    warnings = [str(problem.error) for problem in opened.problems if not problem.fatal]
+    if strict and warnings:
+        raise next(problem.error for problem in opened.problems if not problem.fatal)
+    if slots.buffers:
+        warnings.append(f"not filled, since no checkpoint holds them: buffers {', '.join(slots.buffers[:20])}")
+    booked = run_plan(
+        made,
+        {name: slot.local for name, slot in slots.slots.items()},
+        root=opened.path,
+        memory=source if isinstance(source, Mapping) else None,
+        stamps=opened.stamps,
+        threads=threads,
+        progress=_bar() if progress is True else (progress or None),
+    )
+    filled = {made.targets[copy.target].name for copy in made.copies}
+    return LoadReport(
+        bytes_read=booked.bytes_read,
+        bytes_written=booked.bytes_written,
+        in_place=tuple(name for name in slots.slots if name in filled),
+        staged=MappingProxyType({}),
+        narrowed=MappingProxyType(narrowed),
+        unused=unused,
+        missing=missing,
+        warnings=tuple(warnings),
+        seconds=time.perf_counter() - started,
+        modules=made.layouts,
+    )
+
+
+def _bar() -> Progress:
+    from restow.progress import bar
+
+    return bar("loading")
+
+
+def _allowed(names: Sequence[str], patterns: Sequence[str], option: str, error: Any) -> tuple[str, ...]:
+    """The names, all of them allowed; raises for one that is not, and for a pattern that matches none."""
+    if isinstance(patterns, str):
+        raise UsageError(f"{option} as a list of patterns", f"the text {patterns!r}")
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        raise UsageError(f"{option} patterns that match something", f"{idle[0]!r}, which matches nothing")
+    refused = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if refused:
+        raise error(refused)
+    return tuple(names)
+
+
+def _missing_error(opened: Checkpoint) -> Any:
+    files = sorted({entry.pieces[0].file for entry in opened.tensors.values() if entry.pieces[0].file})
+
+    def error(names: Sequence[str]) -> MissingTensorError:
+        return MissingTensorError(
+            "every tensor of the destination in the source",
+            f"{len(names)} that it does not hold",
+            path=opened.path,
+            tensor=names[0],
+            sections=[("missing", map(show, names)), ("looked in", map(show, files))],
+            hint="rename= says how names differ; allow_missing= leaves a tensor as it is",
+        )
+
+    return error
+
+
+def _judge_unused(
+    made: Plan, slots: Slots, opened: Checkpoint, wish: Wish, allow: Sequence[str]
+) -> tuple[str, ...]:
+    """Source tensors without a place: refused, unless allowed, part of other pieces, or aliases of what was filled."""
+    unused = [name for name in made.unused if name not in slots.aliases]
+    if wish.part:
+        held = {source for source, *_ in made.layouts}
+        experts = opened.expert_tensors
+        refused = [n for n in unused if n in experts and experts[n][0] in held]
+        elsewhere = tuple(n for n in unused if n not in refused)
+        return (*elsewhere, *_allowed(refused, allow, "allow_unused", _unused_error(opened)))
+    return _allowed(unused, allow, "allow_unused", _unused_error(opened))
+
+
+def _unused_error(opened: Checkpoint) -> Any:
+    def error(names: Sequence[str]) -> UnexpectedTensorError:
+        return UnexpectedTensorError(
+            "a place for every tensor of the source",
+            f"{len(names)} without one",
+            path=opened.path,
+            tensor=names[0],
+            sections=[("unused", map(show, names))],
+            hint="rename= says how names differ, part=True that this is a piece, allow_unused= leaves them out",
+        )
+
+    return error
+
+
+def _narrowed(made: Plan, opened: Checkpoint) -> dict[str, str]:
+    """Casts that lose precision, by destination; raises `PrecisionError` where a row forbids it."""
+    found: dict[str, str] = {}
+    for copy in made.copies:
+        part, target = made.parts[copy.source], made.targets[copy.target]
+        if target.name in found or not narrows(part.dtype, target.dtype):
+            continue
+        row = opened.routers.get(part.name)
+        if row is not None and row.exact:
+            raise PrecisionError(
+                f"{show(target.name)} in {part.dtype}, as {show(part.name)} is and must stay",
+                target.dtype,
+                tensor=target.name,
+                sections=[("tensor", [show(target.name)]), ("row", [str(row)])],
+                hint="keep this tensor in its precision in the model: its family selects experts by it",
+            )
+        found[target.name] = f"{part.dtype} -> {target.dtype}"
+    return found

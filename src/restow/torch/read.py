@@ -1,0 +1,453 @@
+"""Running a plan: byte runs of files, or tensors in memory, into the destination's own storage; every element booked.
+
+Threads take jobs in the order of the files. Where source and destination agree in order, `preadv` writes straight into
+the parameter; where they do not, a cache-sized tile is read into one reused buffer a thread and moved from there. It
+raises the first error by plan order after all threads have stopped; nothing is retried or skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from restow.errors import CoverageError, IntegrityError, show
+from restow.files import SourceFile, open_source
+from restow.plans import Copy, Part, Plan
+from restow.reads import GAP, Spans, spans
+from restow.torch.dtypes import dtype_name, torch_dtype
+from restow.torch.tiles import move
+from restow.torch.transpose import LINE, TILE_BYTES
+
+JOB = 16 << 20  # bytes of one job, where the outermost axis lets it be cut
+STAGE = 16 << 20  # bytes of one tile on its way to a device
+
+Progress = Callable[[int, int], None]
+
+
+class Booked(NamedTuple):
+    """What was really done: bytes that the files gave, bytes that the destination took."""
+
+    bytes_read: int
+    bytes_written: int
+
+
+class _Job(NamedTuple):
+    """A batch of copies that share one read, or a slice of one along its outermost axis."""
+
+    number: int
+    copies: tuple[Copy, ...]
+    first: int
+    count: int
+
+
+@dataclass
+class _Ledger:
+    """What happened in one call, under one lock."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    written: dict[int, int] = field(default_factory=dict)  # elements by target
+    read: int = 0
+    errors: list[tuple[int, BaseException]] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def book(self, read: int, written: Mapping[int, int]) -> None:
+        with self.lock:
+            self.read += read
+            for target, count in written.items():
+                self.written[target] = self.written.get(target, 0) + count
+
+
+def run_plan(
+    plan: Plan,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    root: str | None = None,
+    memory: Mapping[str, torch.Tensor] | None = None,
+    stamps: Mapping[str, tuple[int, ...]] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Booked:
+    """Run `plan` into `tensors` (target name -> local tensor of the shape the target holds), in place.
+
+    `root` is the folder of the plan's files, `memory` holds the sources that are tensors. `stamps` are the files' as
+    they were when the plan was made: raises `IntegrityError` where one has changed since. Raises `CoverageError` if not
+    every planned element was written, and what `files` raises.
+    """
+    ledger = _Ledger()
+    workers = min(threads or default_threads(), max(1, len(plan.copies)))
+    queue = _Queue(_jobs(plan))
+    total = plan.bytes if progress is not None else 0
+    before = torch.get_num_threads()
+    with ExitStack() as stack:
+        files = _Files(stack, root, stamps or {})
+        pool = [
+            threading.Thread(
+                target=_work, args=(plan, tensors, memory or {}, files, queue, ledger), daemon=True
+            )
+            for _ in range(workers)
+        ]
+        try:
+            for thread in pool:
+                thread.start()
+            for thread in pool:
+                while thread.is_alive():
+                    thread.join(0.1 if progress is not None else None)
+                    if progress is not None:
+                        progress(ledger.read, total)
+        except BaseException:
+            ledger.stop.set()
+            for thread in pool:
+                if thread.ident is not None:
+                    thread.join()
+            raise
+        finally:
+            torch.set_num_threads(before)
+        if ledger.errors:
+            raise min(ledger.errors, key=lambda item: item[0])[1]
+        files.check()
+    if progress is not None:
+        progress(ledger.read, total)
+    written = _compare(plan, ledger)
+    return Booked(ledger.read, written)
+
+
+def default_threads() -> int:
+    """Cores that this process may use, at most 8: more readers do not make one file system faster."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _compare(plan: Plan, ledger: _Ledger) -> int:
+    planned: dict[int, int] = {}
+    for copy in plan.copies:
+        planned[copy.target] = planned.get(copy.target, 0) + prod(plan.patterns[copy.pattern].sizes)
+    wrong = [i for i in planned.keys() | ledger.written.keys() if planned.get(i) != ledger.written.get(i)]
+    if wrong:
+        names = [plan.targets[i].name for i in sorted(wrong)]
+        raise CoverageError(
+            f"{sum(planned.values())} elements written, as planned",
+            f"{sum(ledger.written.values())}",
+            tensor=names[0],
+            sections=[("tensors", map(show, names))],
+            hint="do not use these tensors; this is a defect of restow: please report it",
+        )
+    return plan.written
+
+
+class _Queue:
+    """Jobs in order, handed out one by one to any thread."""
+
+    def __init__(self, jobs: Iterator[_Job]) -> None:
+        self._jobs = jobs
+        self._lock = threading.Lock()
+
+    def take(self) -> _Job | None:
+        with self._lock:
+            return next(self._jobs, None)
+
+
+class _Files:
+    """Source files, each opened once a call, at its first read."""
+
+    def __init__(self, stack: ExitStack, root: str | None, stamps: Mapping[str, tuple[int, ...]]) -> None:
+        self._stack, self._root, self._stamps = stack, root, stamps
+        self._open: dict[str, SourceFile] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> SourceFile:
+        with self._lock:
+            if name not in self._open:
+                source = self._stack.enter_context(open_source(Path(self._root or "") / name))
+                if self._stamps.get(name, source.stamp) != source.stamp:
+                    raise _changed(source)
+                self._open[name] = source
+            return self._open[name]
+
+    def check(self) -> None:
+        for source in self._open.values():
+            if source.changed():
+                raise _changed(source)
+
+
+def _changed(source: SourceFile) -> IntegrityError:
+    return IntegrityError(
+        "a source that stays as it was when its header was read",
+        "another file, size or time of change",
+        path=source.path,
+        hint="run again once nobody writes to the checkpoint; what was loaded may be a mix",
+    )
+
+
+def _jobs(plan: Plan) -> Iterator[_Job]:
+    number = 0
+    for batch in plan.batches():
+        pattern = plan.patterns[batch[0].pattern]
+        if not pattern.sizes:
+            yield _Job(number, batch, 0, 1)
+            number += 1
+            continue
+        itemsize = plan.itemsize(batch[0])
+        outer, rows, _ = spans(*pattern[:2], itemsize)
+        step = max(1, JOB // max(1, prod(pattern.sizes[1:]) * itemsize))
+        if rows and outer == 0:
+            step = max(rows, step // rows * rows)
+        for first in range(0, pattern.sizes[0], step):
+            yield _Job(number, batch, first, min(step, pattern.sizes[0] - first))
+            number += 1
+
+
+def _work(
+    plan: Plan,
+    tensors: Mapping[str, torch.Tensor],
+    memory: Mapping[str, torch.Tensor],
+    files: _Files,
+    queue: _Queue,
+    ledger: _Ledger,
+) -> None:
+    torch.set_num_threads(1)  # this thread is one of ours: ATen must not start a second pool below it
+    worker = _Worker(plan, tensors, memory, files)
+    while not ledger.stop.is_set():
+        job = queue.take()
+        if job is None:
+            return
+        try:
+            read, written = worker.run(job)
+        except BaseException as error:
+            with ledger.lock:
+                ledger.errors.append((job.number, error))
+            ledger.stop.set()
+            return
+        ledger.book(read, written)
+
+
+class _Landing(NamedTuple):
+    """Where one copy of a job goes: its tensor, the first element in storage, and a stride per axis of the pattern."""
+
+    target: int
+    tensor: torch.Tensor
+    offset: int
+    strides: tuple[int, ...]
+
+
+class _Worker:
+    """One thread's buffers, reused from job to job; local to one call."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        tensors: Mapping[str, torch.Tensor],
+        memory: Mapping[str, torch.Tensor],
+        files: _Files,
+    ) -> None:
+        self._plan, self._tensors, self._memory, self._files = plan, tensors, memory, files
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._bytes: dict[int, memoryview] = {}
+
+    def run(self, job: _Job) -> tuple[int, dict[int, int]]:
+        """Do one job; the bytes read, and the elements written by target."""
+        plan, copy = self._plan, job.copies[0]
+        part = plan.parts[copy.source]
+        pattern = plan.patterns[copy.pattern]
+        sizes = (job.count, *pattern.sizes[1:]) if pattern.sizes else ()
+        at = copy.at + (job.first * pattern.source[0] if pattern.sizes else 0)
+        landings = [self._landing(c, job.first) for c in job.copies]
+        if not part.file:
+            self._from_memory(part, at, sizes, pattern.source, landings)
+            read = 0
+        else:
+            read = self._from_file(part, at, sizes, pattern.source, landings)
+        written: dict[int, int] = {}
+        for landing in landings:
+            written[landing.target] = written.get(landing.target, 0) + prod(sizes)
+        return read, written
+
+    def _landing(self, copy: Copy, first: int) -> _Landing:
+        pattern = self._plan.patterns[copy.pattern]
+        tensor = self._tensors[self._plan.targets[copy.target].name]
+        strides = tuple(step * tensor.stride(dim) for dim, step in pattern.target)
+        offset = tensor.storage_offset() + sum(
+            i * stride for i, stride in zip(copy.start, tensor.stride(), strict=True)
+        )
+        return _Landing(copy.target, tensor, offset + (first * strides[0] if strides else 0), strides)
+
+    def _from_memory(
+        self, part: Part, at: int, sizes: Sequence[int], steps: Sequence[int], landings: Sequence[_Landing]
+    ) -> None:
+        """Row-major places of the source are turned into its real strides, so that any view can be a source."""
+        source = self._memory[part.name]
+        offset, strides = real_places(source, at, steps)
+        view = source.as_strided(sizes, strides, offset)
+        for landing in landings:
+            move(landing.tensor.as_strided(sizes, landing.strides, landing.offset), view)
+
+    def _from_file(
+        self, part: Part, at: int, sizes: tuple[int, ...], steps: tuple[int, ...], landings: Sequence[_Landing]
+    ) -> int:
+        source = self._files.get(part.file)
+        dtype = torch_dtype(part.dtype)
+        itemsize = dtype.itemsize
+        base = part.begin + at * itemsize
+        how = spans(sizes, steps, itemsize)
+        if len(landings) == 1 and dtype_name(landings[0].tensor.dtype) == part.dtype:
+            run = contiguous_from(sizes, landings[0].strides)
+            block = itemsize * prod(sizes[run:])
+            on_cpu = landings[0].tensor.device.type == "cpu"
+            if on_cpu and not how.rows and (block >= GAP or run <= how.outer):
+                return self._straight(source, base, sizes, steps, itemsize, how, run, landings[0])
+        return self._tiled(source, base, sizes, steps, dtype, how, landings)
+
+    def _straight(
+        self,
+        source: SourceFile,
+        base: int,
+        sizes: tuple[int, ...],
+        steps: tuple[int, ...],
+        itemsize: int,
+        how: Spans,
+        run: int,
+        landing: _Landing,
+    ) -> int:
+        """Runs of the file into runs of the tensor's storage: no buffer in between."""
+        storage = self._storage(landing)
+        outer = how.outer
+        block = itemsize * prod(sizes[max(run, outer) :])
+        scatter = _places(sizes[outer : max(run, outer)], landing.strides[outer : max(run, outer)])
+        read = 0
+        for index in product(*(range(n) for n in sizes[:outer])):
+            offset = base + itemsize * _dot(index, steps)
+            to = landing.offset + _dot(index, landing.strides)
+            for first in range(0, len(scatter), 1024):
+                places = [(to + place) * itemsize for place in scatter[first : first + 1024]]
+                buffers = [storage[place : place + block] for place in places]
+                read += source.preadv(offset + first * block, buffers)
+        return read
+
+    def _tiled(
+        self,
+        source: SourceFile,
+        base: int,
+        sizes: tuple[int, ...],
+        steps: tuple[int, ...],
+        dtype: torch.dtype,
+        how: Spans,
+        landings: Sequence[_Landing],
+    ) -> int:
+        """Tiles through one buffer, then moved: transposed, cast, or to another device."""
+        itemsize = dtype.itemsize
+        device = any(landing.tensor.device.type != "cpu" for landing in landings)
+        axis, length = tile_axis(sizes, itemsize, how, landings[0].strides, STAGE if device else TILE_BYTES)
+        read = 0
+        for index in product(*(range(n) for n in sizes[:axis])):
+            for first in range(0, sizes[axis] if sizes else 1, length):
+                count = min(length, sizes[axis] - first) if sizes else 1
+                place = (*index, first)[: len(sizes)]
+                shape = (count, *sizes[axis + 1 :]) if sizes else ()
+                offset = base + itemsize * _dot(place, steps)
+                tile, got = self._tile(source, offset, shape, steps[axis:], dtype, how, axis)
+                read += got
+                for landing in landings:
+                    to = landing.offset + _dot(place, landing.strides)
+                    move(landing.tensor.as_strided(shape, landing.strides[axis:], to), tile)
+        return read
+
+    def _tile(
+        self,
+        source: SourceFile,
+        offset: int,
+        shape: tuple[int, ...],
+        steps: tuple[int, ...],
+        dtype: torch.dtype,
+        how: Spans,
+        axis: int,
+    ) -> tuple[torch.Tensor, int]:
+        """Read one tile: a window with its gaps as it lies in the file, everything else packed."""
+        itemsize = dtype.itemsize
+        if how.rows:
+            span = (shape[0] - 1) * steps[0] * itemsize + how.run
+            buffer = self._buffer(span, itemsize)
+            read = source.preadv(offset, [memoryview(buffer.numpy())[:span]])
+            return buffer[: -(-span // itemsize) * itemsize].view(dtype).as_strided(shape, steps), read
+        size = prod(shape) * itemsize
+        buffer = self._buffer(size, itemsize)
+        view = memoryview(buffer.numpy())
+        loops = max(0, how.outer - axis)
+        run = itemsize * prod(shape[loops:])
+        read = 0
+        for i, index in enumerate(product(*(range(n) for n in shape[:loops]))):
+            at = offset + itemsize * _dot(index, steps)
+            read += source.preadv(at, [view[i * run : (i + 1) * run]])
+        return buffer[:size].view(dtype).view(shape), read
+
+    def _buffer(self, size: int, itemsize: int) -> torch.Tensor:
+        need = -(-size // itemsize) * itemsize
+        if self._scratch.numel() < need:
+            self._scratch = torch.empty(need, dtype=torch.uint8)
+        return self._scratch
+
+    def _storage(self, landing: _Landing) -> memoryview:
+        """The bytes of a tensor's whole storage."""
+        if landing.target not in self._bytes:
+            storage = landing.tensor.untyped_storage()
+            flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self._bytes = {landing.target: memoryview(flat.numpy())}
+        return self._bytes[landing.target]
+
+
+def real_places(source: torch.Tensor, at: int, steps: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """Where row-major element `at` of a tensor really lies in its storage, and the real stride of each row-major step."""
+    shape = source.shape
+    row_major = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    offset = source.storage_offset()
+    for size, whole_step, stride in zip(shape, row_major, source.stride(), strict=True):
+        offset += at // whole_step % max(1, size) * stride
+    strides = []
+    for step in steps:
+        dim = next(
+            i for i, whole in enumerate(row_major) if step >= whole and step % whole == 0 and shape[i] > 1
+        )
+        strides.append(step // row_major[dim] * source.stride(dim))
+    return offset, tuple(strides)
+
+
+def contiguous_from(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """The first axis from which on a destination's strides are packed."""
+    axis, expected = len(sizes), 1
+    while axis and strides[axis - 1] == expected:
+        expected *= sizes[axis - 1]
+        axis -= 1
+    return axis
+
+
+def tile_axis(
+    sizes: Sequence[int], itemsize: int, how: Spans, strides: Sequence[int], limit: int
+) -> tuple[int, int]:
+    """Which axis tiles are cut along, and how long they are: inner axes whole, at most `limit` bytes."""
+    if not sizes:
+        return 0, 1
+    if how.rows:
+        return how.outer, how.rows
+    for axis in range(len(sizes)):
+        inner = itemsize * prod(sizes[axis + 1 :])
+        if inner <= limit or axis == len(sizes) - 1:
+            length = max(1, limit // inner)
+            line = max(1, LINE // itemsize)
+            if length < sizes[axis] and length >= line and strides[axis] == 1:
+                length -= length % line
+            return axis, min(length, sizes[axis])
+    raise AssertionError("sizes are not empty")
+
+
+def _places(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
+    return [_dot(index, strides) for index in product(*(range(n) for n in sizes))]
+
+
+def _dot(index: Sequence[int], steps: Sequence[int]) -> int:
+    return sum(i * step for i, step in zip(index, steps, strict=False))

@@ -1,0 +1,178 @@
+"""Tensors as targets: names, held runs and the plain local storage behind them. Asks DTensor for its own arithmetic.
+
+Nothing is gathered, redistributed or replaced: a slot's `local` is the very memory the model reads. Rejected by name:
+meta tensors, tensor subclasses other than DTensor, `Partial` placements, tensors without strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
+
+from restow.boxes import Run, whole
+from restow.errors import ShapeMismatchError, UsageError, show
+from restow.targets import Runs, Target
+from restow.torch.dtypes import dtype_name
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
+
+Into = nn.Module | Sequence[nn.Module] | Mapping[str, torch.Tensor]
+
+
+class Slot(NamedTuple):
+    """A destination or in-memory source: its target, its local memory, and whether it is a plain tensor."""
+
+    target: Target
+    local: torch.Tensor
+    plain: bool
+
+
+class Slots(NamedTuple):
+    """All slots by name; `aliases` are further names of the same memory; `buffers` non-persistent buffers."""
+
+    slots: Mapping[str, Slot]
+    aliases: Mapping[str, str]
+    buffers: tuple[str, ...]
+
+
+def slots_of(into: Into, *, meta: bool = False) -> Slots:
+    """The slots of a module, of a list of them, or of a mapping. `meta=True` admits meta tensors (for planning)."""
+    slots: dict[str, Slot] = {}
+    aliases: dict[str, str] = {}
+    buffers: list[str] = []
+    seen: dict[object, str] = {}
+    for name, tensor, persistent in _named(into):
+        if not persistent:
+            buffers.append(name)
+            continue
+        if name in slots or name in aliases:
+            raise UsageError(f"one tensor by the name {show(name)}", "two in the modules given")
+        slot = slot_of(name, tensor, meta=meta)
+        key = _memory(slot.local)
+        if key is not None and key in seen:
+            aliases[name] = seen[key]
+            continue
+        if key is not None:
+            seen[key] = name
+        slots[name] = slot
+    return Slots(slots, aliases, tuple(buffers))
+
+
+def slot_of(name: str, tensor: torch.Tensor, *, meta: bool = False) -> Slot:
+    """One tensor as a slot. Raises `UsageError` or `ShapeMismatchError` for what cannot be written in place."""
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local().detach()
+        runs = placed_runs(name, tensor)
+    else:
+        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+            raise UsageError(
+                f"a plain tensor or a DTensor as {show(name)}",
+                type(tensor).__name__,
+                tensor=name,
+                hint="tensor subclasses hide their storage: load before wrapping, or unwrap first",
+            )
+        local = tensor.detach()
+        runs = whole(tensor.shape)
+    if local.device.type == "meta" and not meta:
+        raise UsageError(
+            f"memory behind {show(name)}",
+            "a meta tensor",
+            tensor=name,
+            hint="materialise the model first, e.g. model.to_empty(device=...)",
+        )
+    if local.layout != torch.strided:
+        raise UsageError(f"a strided tensor as {show(name)}", str(local.layout), tensor=name)
+    target = Target(name, tuple(tensor.shape), dtype_name(tensor.dtype), runs)
+    if target.local_shape != tuple(local.shape) and local.numel():
+        raise ShapeMismatchError(
+            f"local shape {list(target.local_shape)} for {show(name)}, as its placements give",
+            f"{list(local.shape)}",
+            tensor=name,
+        )
+    return Slot(target, local, not isinstance(tensor, DTensor))
+
+
+def placed_runs(name: str, tensor: DTensor) -> Runs:
+    """The index runs per dim that this rank holds, by the placements' own splitting of the dim's indices."""
+    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return tuple(() for _ in shape)
+    return runs_at(name, tensor.placements, tuple(mesh.shape), tuple(coordinate), shape)
+
+
+def runs_at(
+    name: str,
+    placements: Sequence[object],
+    mesh: Sequence[int],
+    coordinate: Sequence[int],
+    shape: Sequence[int],
+) -> Runs:
+    """What the rank at `coordinate` of a mesh of these sizes holds. Raises `UsageError` for `Partial`."""
+    indices: dict[int, torch.Tensor] = {}
+    for placement, ranks, rank in zip(placements, mesh, coordinate, strict=True):
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, Shard) or isinstance(placement, Partial):
+            raise UsageError(
+                f"Shard or Replicate placements for {show(name)}",
+                f"{placement}",
+                tensor=name,
+                hint="a partial tensor holds a pending sum, no weights: reduce it first",
+            )
+        dim = placement.dim % len(shape)
+        mine = indices.get(dim, torch.arange(shape[dim]))
+        parts, _ = placement._split_tensor(mine, ranks, with_padding=False, contiguous=False)
+        indices[dim] = parts[rank] if rank < len(parts) else mine[:0]
+    return tuple(
+        _as_runs(indices[dim]) if dim in indices else ((0, length),) for dim, length in enumerate(shape)
+    )
+
+
+def _as_runs(indices: torch.Tensor) -> tuple[Run, ...]:
+    if indices.numel() == 0:
+        return ()
+    breaks = (torch.diff(indices) != 1).nonzero().flatten() + 1
+    starts = [0, *breaks.tolist()]
+    ends = [*breaks.tolist(), indices.numel()]
+    return tuple((int(indices[a]), b - a) for a, b in zip(starts, ends, strict=True))
+
+
+def _named(into: Into) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """(name, tensor, persistent) of every tensor, wrappers' segments dropped from the names."""
+    if isinstance(into, Mapping):
+        for name, tensor in into.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise UsageError(f"a tensor as {show(name)}", type(tensor).__name__, tensor=str(name))
+            yield unwrapped(name), tensor, True
+        return
+    modules: Iterable[nn.Module] = [into] if isinstance(into, nn.Module) else into
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise UsageError("an nn.Module, a list of them, or a mapping of tensors", type(module).__name__)
+        for path, child in module.named_modules(remove_duplicate=False):
+            prefix = f"{path}." if path else ""
+            for name, parameter in child._parameters.items():
+                if parameter is not None:
+                    yield unwrapped(prefix + name), parameter, True
+            for name, buffer in child._buffers.items():
+                if buffer is not None:
+                    yield unwrapped(prefix + name), buffer, name not in child._non_persistent_buffers_set
+
+
+def unwrapped(name: str) -> str:
+    """A name without the segments that wrappers put into it."""
+    if not any(word in name for word in WRAPPERS):
+        return name
+    return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return None
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
