@@ -2,11 +2,11 @@
 
 usage: python bench/transpose.py
 
-A source tensor [rows, cols] goes into one half of a [cols, 2 * rows] destination (whole destination for "down"),
-over buffers larger than the caches, all prefaulted. Ways, timed in turns so that a noisy neighbour hits them all:
-`tiles` is the library's: tiles of `tile_shape` through a reused scratch, as a reader would fill it, then
-`copy_transposed`; `shuffle` and `plain` force those kernels; `contiguous` is `dst.copy_(src.t().contiguous())`;
-`naive` is `dst.copy_(src.t())`. The fill of the scratch counts. Each Python thread moves one tensor.
+A source tensor [rows, cols] goes into one half of a [cols, 2 * rows] destination ("down": into all of a
+[cols, rows] one), over buffers larger than the caches, all prefaulted. The ways take turns, so that a noisy
+neighbour hits them all. `tiles` is the library's: `tile_shape` tiles through a reused scratch, as a reader
+would fill it, then `copy_transposed`; the fill counts. `shuffle` and `plain` force the kernel. `contiguous`
+is `dst.copy_(src.t().contiguous())` and `naive` is `dst.copy_(src.t())`. Each Python thread moves one tensor.
 """
 
 from __future__ import annotations

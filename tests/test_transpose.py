@@ -114,7 +114,7 @@ def test_float32_specials(high, kernel):
 
 
 def test_other_strides():
-    """Rows contiguous, rows apart, every third column, every fourth row of a transposed target: copied too."""
+    """Rows contiguous, rows apart, every third column, every fourth row of a transposed target."""
     src = noise(torch.bfloat16, (12, 10), 0, 3)
     for make in (
         lambda: torch.zeros(12, 10),
@@ -232,7 +232,7 @@ def test_tile_shape(itemsize, rows, cols):
 
 def test_tile_shapes_of_known_models():
     assert tile_shape(2, 768, 2048) == (256, 2048)
-    assert tile_shape(2, 2048, 768) == (672, 768)
+    assert tile_shape(2, 2048, 768) == (512, 768)
     assert tile_shape(2, 2048, 7168) == (64, 7168)
     assert tile_shape(4, 2048, 7168) == (32, 7168)
     assert tile_shape(1, 2048, 7168) == (128, 7168)

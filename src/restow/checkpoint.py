@@ -60,6 +60,12 @@ class Checkpoint:
         }
 
     @cached_property
+    def others(self) -> tuple[str, ...]:
+        """Every tensor that is no expert weight, in the order of the files."""
+        experts = self.expert_tensors
+        return tuple(name for name in self.tensors if name not in experts)
+
+    @cached_property
     def several(self) -> frozenset[str]:
         """The tensors whose bytes lie in more than one piece."""
         return frozenset(getattr(self.tensors, "sharded", None) or

@@ -4,7 +4,7 @@ Families are text tables (`restow.catalog`) parsed into frozen values; nothing a
 tables that contradict themselves. The lines of a table:
 
     family    model types
-    size      AXIS[@ROLE] = config path [| path] [+ ...]
+    size      AXIS[@ROLE] = config path [| path] [+ ...]; `#path` is the length of a list or text; L counts layers
     order     labels of p in order, then the order of p and f: `gate|up p f`, `up p f`, `gate|up f p`
     module    containers of the experts module: the vendor's, then transformers' runtime, then others
     rename    run of segments on the hub, the same in transformers' runtime (`^run`: only where a name begins)
@@ -12,6 +12,8 @@ tables that contradict themselves. The lines of a table:
     router    rows of tensors outside the experts that have an `e` axis, their names below the layer, as on the hub
     ignore    names that a destination need not have: `*` any run of segments, `{l+L}` a layer number of at least L
     require   names that a whole checkpoint must hold; the head after `?`, since a config may tie it
+    tie       the config's key that ties the head, and `yes` if it is tied where that key is absent; or `never`.
+              Without this line the key is the top-level `tie_word_embeddings`
 """
 
 from __future__ import annotations
@@ -52,6 +54,15 @@ class Family:
     routers: tuple[Row, ...]
     ignorable: tuple[str, ...]
     required: tuple[str, ...]
+    tie: str = "tie_word_embeddings"  # "" where the head is never tied
+    tied: bool = False  # what holds where the config lacks that key
+
+    def ties(self, config: Mapping[str, object] | None) -> bool:
+        """Whether a config ties the head to the embedding, so that a checkpoint need not hold it."""
+        if not self.tie:
+            return False
+        value = _lookup(config or {}, self.tie)
+        return value if isinstance(value, bool) else self.tied
 
     def form(self, name: str) -> Layout:
         """What a layout's name means in this family: its own spelling, else its form of a named layout.
@@ -115,21 +126,28 @@ def _term(term: str, config: Mapping[str, object]) -> int | None:
         return int(term)
     for path in term.split("|"):
         for start in (config, config.get("text_config")):
-            value: object = start
-            for word in path.split("."):
-                value = value.get(word) if isinstance(value, Mapping) else None
+            value = _lookup(start, path.lstrip("#"))
             if value is None:
                 continue
+            if path.startswith("#") and isinstance(value, list | str):
+                return len(value)
             if isinstance(value, list) and value:  # one entry a bank; which bank is the family's to say
                 value = value[0]
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= CONFIG_LIMIT:
                 raise ConfigError(
-                    f"{path} as a whole number from 1 to {CONFIG_LIMIT}",
+                    f"{path.lstrip('#')} as a whole number from 1 to {CONFIG_LIMIT}",
                     f"{show(repr(value))}",
                     path="config.json",
                 )
             return value
     return None
+
+
+def _lookup(config: object, path: str) -> object:
+    """The value at a dotted path, or None."""
+    for word in path.split("."):
+        config = config.get(word) if isinstance(config, Mapping) else None
+    return config
 
 
 def replace_run(name: str, old: str, new: str) -> str:
@@ -184,13 +202,14 @@ def parse_family(text: str) -> Family:
             spellings.append((rest.strip(), rows))
         elif word == "router" and "router" not in lines:
             rows = lines["router"] = [rest.strip()]
-        elif word in ("family", "size", "order", "module", "rename", "ignore", "require"):
+        elif word in ("family", "size", "order", "module", "rename", "ignore", "require", "tie"):
             lines.setdefault(word, []).append(rest.strip())
         elif spellings:
             rows.append(line.strip())
         else:
             found = f"'{word}'"
             raise NotationError("a line of a family's table", found, sections=[("line", [line.strip()])])
+    tie, *tied = lines["tie"][0].split() if "tie" in lines else ["tie_word_embeddings"]
     labels, *order = (lines.get("order") or ["gate|up p f"])[0].split()
     containers = tuple(tuple(line.split()) for line in lines["module"])
     built = []
@@ -212,4 +231,6 @@ def parse_family(text: str) -> Family:
         routers=Layout.parse("\n".join(lines["router"])).rows if "router" in lines else (),
         ignorable=tuple(" ".join(lines.get("ignore", ())).split()),
         required=tuple(" ".join(lines.get("require", ())).split()),
+        tie="" if tie == "never" else tie,
+        tied=tied == ["yes"],
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from restow.errors import (
     MissingTensorError,
     RestowError,
     ShapeMismatchError,
+    SizeError,
     UnexpectedTensorError,
     show,
 )
@@ -213,21 +214,21 @@ def _fit(
             fresh = solve_sizes(row, shapes[name], {**solved, **local}) or {}
             solved.update({axis: size for axis, size in fresh.items() if axis not in local})
     tensors: dict[str, tuple[str | None, ...]] = {}
-    wrong: list[tuple[str, tuple[int, ...]]] = []
+    wrong: list[tuple[str, str]] = []
     missing: list[str] = []
     extra: list[str] = []
     for row in layout.rows:
         found = by_row[row.role]
         lengths = [axis_size(row, axis, solved) for axis in row.name_axes]
         slots: list[str | None] = [None] * prod(lengths)
-        expected = shape_of(row, {**solved, **local})
+        expected = _expected(row, {**solved, **local})
         for index, name in found.items():
             if any(i >= length for i, length in zip(index, lengths, strict=True)):
                 extra.append(name)
                 continue
             slots[_flat(index, lengths)] = name
             if shapes[name] != expected:
-                wrong.append((name, expected))
+                wrong.append((name, _shape_text(row, {**solved, **local})))
         if not known.partial or not found:
             gaps = [i for i, name in enumerate(slots) if name is None]
             missing += [f"{path}.{name_of(row, _index(i, lengths), solved)}" for i in gaps]
@@ -237,6 +238,20 @@ def _fit(
     if wrong:
         errors.append(_shape_error(path, layout, wrong, shapes, solved))
     return module, errors
+
+
+def _expected(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+    """The shape of a row's tensors; None where neither config nor shapes give every size."""
+    try:
+        return shape_of(row, sizes)
+    except SizeError:
+        return None
+
+
+def _shape_text(row: Row, sizes: Mapping[str, int]) -> str:
+    """The shape of a row's tensors for people: `[12, (p f), 32]` where f is not known."""
+    shapes = (_expected(replace(row, dims=(dim,)), sizes) for dim in row.dims)
+    return f"[{', '.join(str(s[0] if s else dim) for s, dim in zip(shapes, row.dims, strict=True))}]"
 
 
 def _count_name_axes(row: Row, found: Mapping[tuple[int, ...], str], solved: dict[str, int]) -> None:
@@ -315,18 +330,18 @@ def _whole_experts(module: Module, by_row: Mapping[str, Mapping[tuple[int, ...],
 def _shape_error(
     path: str,
     layout: Layout,
-    wrong: Sequence[tuple[str, tuple[int, ...]]],
+    wrong: Sequence[tuple[str, str]],
     shapes: Shapes,
     sizes: Mapping[str, int],
 ) -> ShapeMismatchError:
     name, expected = wrong[0]
     used = {a: sizes[a] for row in layout.rows for a in sorted(row.axes) if a in sizes}
     return ShapeMismatchError(
-        f"shape {list(expected)} for {show(name)}",
+        f"shape {expected} for {show(name)}",
         f"{list(shapes[name])}",
         tensor=name,
         sections=[
-            ("tensors", (f"{show(n)} {list(shapes[n])}, expected {list(want)}" for n, want in wrong)),
+            ("tensors", (f"{show(n)} {list(shapes[n])}, expected {want}" for n, want in wrong)),
             ("layout", rows_text(layout)),
             ("sizes", [", ".join(f"{axis} = {size}" for axis, size in used.items())]),
         ],

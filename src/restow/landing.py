@@ -31,7 +31,8 @@ class Wish:
     """What the caller said about the destination, besides its tensors.
 
     `layout` and `family` as in `restow.load`; `plain` names targets that are plain tensors, which alone `shard`
-    concerns; `experts` are expert numbers, for all modules or by the source's module path.
+    concerns; `experts` are expert numbers, for all modules or by the source's module path; `routers` says that they
+    order the router tensors too, even where their number stays.
     """
 
     layout: str | Layout | None = None
@@ -41,6 +42,7 @@ class Wish:
     experts: Experts = None
     part: bool = False
     plain: frozenset[str] = frozenset()
+    routers: bool = False
 
 
 def layout_of(layout: str | Layout | None, family: Family | None) -> Layout | None:

@@ -23,7 +23,8 @@ Sizes = Mapping[str, int]
 class SizeLine:
     """`e = config.num_experts`, `e@in = n_routed_experts + zero_expert_num`: an axis's size as a sum of terms.
 
-    A term is a number or alternatives `a.b|c`: dotted paths into the config, the first that exists counts.
+    A term is a number or alternatives `a.b|c`: dotted paths into the config, the first that exists counts; `#a.b` is
+    the length of the list or text there.
     """
 
     axis: str
@@ -110,7 +111,7 @@ def parse_size(line: str) -> SizeLine:
     left, _, right = line.partition("=")
     axis, at, role = left.strip().partition("@")
     terms = tuple(term.strip().removeprefix("config.") for term in right.split("+"))
-    bad = [term for term in terms if not term or not all(c.isalnum() or c in "_.|" for c in term)]
+    bad = [term for term in terms if not term or not all(c.isalnum() or c in "_.|#" for c in term)]
     if not axis.isidentifier() or (at and not role.isidentifier()) or bad:
         raise NotationError(
             "AXIS = PATH [+ PATH], or AXIS@ROLE = ...",

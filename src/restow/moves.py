@@ -239,8 +239,11 @@ def decode(target: Side, runs: Sequence[Sequence[Run]], move: Move) -> tuple[Run
     found: list[Run] = []
     for dim, (spec, dim_runs) in enumerate(zip(target.row.dims, runs, strict=True)):
         lengths = [axis_size(target.row, key, sizes) for key in dim_keys(spec)]
-        steps = {to_step: n for n, (to, to_step) in zip(move.pattern.sizes, move.pattern.target, strict=True)
-                 if to == dim}  # fmt: skip
+        here = [(to_step, n) for n, (to, to_step) in zip(move.pattern.sizes, move.pattern.target, strict=True)
+                if to == dim]  # fmt: skip
+        steps = dict(here)
+        if len(steps) != len(here):  # two axes that step alike would write the same places
+            return None
         local, first = 0, -1
         for start, length in dim_runs:
             if local <= move.start[dim] < local + length:

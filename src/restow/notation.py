@@ -115,6 +115,8 @@ def dim_keys(dim: Dim) -> tuple[str, ...]:
 def parse_row(text: str) -> Row:
     """Parse one row. Raises `NotationError` with the row and carets below the characters at fault."""
     fields = _fields(text)
+    if len(fields) == 2 and fields[1][0].count("{") > fields[1][0].count("}"):
+        _name(text, *fields[1])  # a brace that nothing closes swallowed the dims: it is the fault
     if len(fields) < 3:
         found = "nothing" if not fields else f"{len(fields)} of 3 columns"
         raise _fault(text, 0, len(text), "ROLE NAME DIMS", found, "write a scalar's dims as -")
@@ -125,8 +127,8 @@ def parse_row(text: str) -> Row:
     end = fields[-1][1] if exact else len(text)
     row = Row(role, _name(text, name, name_at), _dims(text, fields[2][1], end), exact)
     seen: set[str] = set()
-    for axis in [*row.name_axes, *(key for dim in row.dims for key in dim_keys(dim) if not key.isdigit())]:
-        if axis in seen:
+    for axis in [*row.name_axes, *(key for dim in row.dims for key in dim_keys(dim))]:
+        if axis in seen and axis != "1":  # two fixed sizes that are equal have no order in another layout
             at = text.rfind(axis.strip("()"), fields[2][1])
             at = at if at >= 0 else name_at
             raise _fault(text, at, len(axis.strip("()")), "each axis once in a row", f"'{axis}' twice")
@@ -136,7 +138,13 @@ def parse_row(text: str) -> Row:
 
 def _fault(text: str, at: int, length: int, expected: str, found: str, hint: str = "") -> NotationError:
     carets = " " * at + "^" * max(1, length)
-    return NotationError(expected, found, sections=[("row", [text.rstrip(), carets])], hint=hint)
+    row = _ascii(text.rstrip())
+    return NotationError(expected, _ascii(found), sections=[("row", [row, carets])], hint=hint)
+
+
+def _ascii(text: str) -> str:
+    """`text` with '?' for what is not ASCII and spaces for tabs, so that carets stay below their characters."""
+    return text.replace("\t", " ").encode("ascii", "replace").decode("ascii")
 
 
 def _fields(text: str) -> list[tuple[str, int]]:
@@ -228,6 +236,8 @@ def _dims(text: str, at: int, end: int) -> tuple[Dim, ...]:
             if not factors:
                 raise _fault(text, i, close - i + 1, "axes between '(' and ')'", "none")
             divisor, i = _divisor(text, close + 1, end)
+            if i < end and not text[i].isspace():
+                raise _fault(text, i, 1, "a space after a group", f"'{text[i]}'")
             dims.append(Dim(tuple(factors), divisor))
         else:
             factor, i = _factor(text, i, end)

@@ -8,8 +8,10 @@ missing or unused to the caller, by name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
-from restow.boxes import held, whole
+from restow.boxes import whole
 from restow.checkpoint import Checkpoint
 from restow.entries import Entry
 from restow.errors import AmbiguousTensorError, MissingTensorError, ShapeMismatchError, show
@@ -17,7 +19,6 @@ from restow.find import Module
 from restow.landing import Wish, chosen_experts, find_landing, held_side, layout_of, pair_modules
 from restow.layout import Layout, axis_size, name_of, shape_of
 from restow.moves import Move, Pattern, Side, freeze, moves
-from restow.named import GENERAL
 from restow.naming import check_rename, renamed
 from restow.notation import Dim, Factor, Row
 from restow.plans import Copy, Part, Plan
@@ -27,27 +28,105 @@ from restow.targets import Runs, Target, whole_target
 Take = tuple[tuple[str, tuple[int, ...]], ...]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A source and a destination brought together: who fills whom, before any move is made.
+
+    `owners` maps a target of the experts to (path of its module there, role, place among the role's tensors);
+    `pairs` a module's path there to the one in the source; `plain` any other target to its source tensor. `known` keeps
+    moves that several plans of one destination share (chunks of a stream, layers of one kind).
+    """
+
+    source: Checkpoint
+    targets: Mapping[str, Target]
+    wish: Wish
+    modules: Mapping[str, Module]
+    pairs: Mapping[str, str]
+    owners: Mapping[str, tuple[str, str, int]]
+    plain: Mapping[str, str]
+    known: dict[object, tuple[Move, ...]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def roles(self) -> Mapping[tuple[str, str], str]:
+        """(module path, role) of the source that the destination has a place for -> the module's path there."""
+        return {
+            (self.pairs[path], row.role): path
+            for path, module in self.modules.items()
+            if path in self.pairs
+            for row in module.layout.rows
+            if any(self.source.modules[self.pairs[path]].tensors.get(row.role, ()))
+        }
+
+    @cached_property
+    def missing(self) -> tuple[str, ...]:
+        """Targets that nothing fills, those of which nothing is held here apart."""
+        there = {(path, role) for (_, role), path in self.roles.items()}
+        return tuple(
+            name
+            for name, target in self.targets.items()
+            if all(target.local_shape)
+            and name not in self.plain
+            and (name not in self.owners or self.owners[name][:2] not in there)
+        )
+
+    @cached_property
+    def left(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Source tensors without a place: those that the family does not excuse, and those that it does."""
+        experts = self.source.expert_tensors
+        gone = {name for name in self.source.others if renamed(name, self.wish.rename) is None}
+        used = {*self.plain.values(), *gone}
+        names = [name for name in self.source.others if name not in used]
+        roles = {(path, role) for path, m in self.source.modules.items() for role in m.tensors} - set(
+            self.roles
+        )
+        if roles:
+            names += [name for name, owner in experts.items() if owner in roles]
+        passed = {name for name in names if self.source.ignorable(name)}
+        return tuple(n for n in names if n not in passed), tuple(n for n in names if n in passed)
+
+
 def make_plan(source: Checkpoint, targets: Sequence[Target], wish: Wish) -> Plan:
     """Plan how `targets` are filled from `source`. Raises the source's fatal problems, and what contradicts it."""
+    prepared = prepare(source, targets, wish)
+    return plan_of(prepared, prepared.targets)
+
+
+def prepare(source: Checkpoint, targets: Sequence[Target], wish: Wish) -> Prepared:
+    """Find the destination's modules and bring both sides together; no moves yet."""
     check_rename(wish.rename)
     raise_fatal(source)
     by_name = {target.name: target for target in targets}
     found = find_landing(source, by_name, wish)
-    pairs = pair_modules(source, found.modules, wish)
-    draft = _Draft(source, by_name)
-    layouts = []
-    for path, module in found.modules.items():
-        if path not in pairs:
+    owners = {
+        name: (path, role, place)
+        for path, module in found.modules.items()
+        for role, names in module.tensors.items()
+        for place, name in enumerate(names)
+        if name is not None
+    }
+    plain = _pair_others(source, [name for name in by_name if name not in owners], wish)
+    return Prepared(
+        source, by_name, wish, found.modules, pair_modules(source, found.modules, wish), owners, plain
+    )
+
+
+def plan_of(prepared: Prepared, chosen: Mapping[str, Target]) -> Plan:
+    """The plan that fills `chosen`: targets of the destination, whole or (by their runs) in part."""
+    draft = _Draft(prepared, chosen)
+    asked: dict[tuple[str, str], None] = {}
+    for name in chosen:
+        if name in prepared.owners:
+            asked[prepared.owners[name][:2]] = None
+        elif name in prepared.plain:
+            draft.add_plain(prepared.plain[name], name)
+    layouts: dict[str, tuple[str, str, str]] = {}
+    for path, role in asked:
+        if path not in prepared.pairs or (prepared.pairs[path], role) not in prepared.roles:
             continue
-        from_module = source.modules[pairs[path]]
-        experts = chosen_experts(wish.experts, from_module.path, from_module.sizes.get("e", 0))
-        layouts.append((from_module.path, _called(from_module), _called(module)))
-        for row in module.layout.rows:
-            if row.role in from_module.tensors and any(from_module.tensors[row.role]):
-                side = held_side(row, module, by_name, wish, from_module)
-                draft.add_role(from_module, module, side, (("e", experts),) if experts is not None else ())
-    draft.add_others(wish, {name for name in by_name if name not in draft.filled}, found.modules)
-    return draft.plan(layouts, _unused(source, draft, wish))
+        module, from_module = prepared.modules[path], prepared.source.modules[prepared.pairs[path]]
+        layouts[path] = (from_module.path, _called(from_module), _called(module))
+        draft.add_role(from_module, module, role)
+    return draft.plan(tuple(layouts.values()))
 
 
 def raise_fatal(source: Checkpoint) -> None:
@@ -60,7 +139,6 @@ def raise_fatal(source: Checkpoint) -> None:
 def default_targets(source: Checkpoint, layout: str | Layout | None, wish: Wish) -> list[Target]:
     """The tensors that `source` has in another layout (`grouped` if None), whole, or a rank's part by `wish.shard`."""
     targets = []
-    done: set[str] = set()
     for path, module in source.modules.items():
         to = layout_of(layout or "grouped", source.family)
         assert to is not None
@@ -80,8 +158,8 @@ def default_targets(source: Checkpoint, layout: str | Layout | None, wish: Wish)
                 keep = {}
             for name in _names(row, sizes, keep):
                 targets.append(whole_target(f"{path}.{name}", shape, dtype))
-        done.update(n for names in module.tensors.values() for n in names if n is not None)
-    targets += [whole_target(n, e.shape, e.dtype) for n, e in source.tensors.items() if n not in done]
+    others = ((name, source.tensors[name]) for name in source.others)
+    targets += [whole_target(name, entry.shape, entry.dtype) for name, entry in others]
     return targets
 
 
@@ -96,49 +174,68 @@ def _called(module: Module) -> str:
     return "/".join(module.names)
 
 
-def _unused(source: Checkpoint, draft: _Draft, wish: Wish) -> list[str]:
-    """Source tensors that no destination took, in the order of the files; experts by whole roles."""
-    experts = source.expert_tensors
-    return [
-        name
-        for name in source.tensors
-        if name not in draft.used and (name not in experts or experts[name] not in draft.roles)
-    ]
+def _pair_others(source: Checkpoint, names: Sequence[str], wish: Wish) -> dict[str, str]:
+    """Targets outside the experts -> source tensors: by the renamed name, else by the family's hub and runtime names.
+
+    Raises `AmbiguousTensorError` where two tensors of the source have one name there.
+    """
+    family = wish.family or source.family
+    by_name: dict[str, str] = {}
+    by_canonical: dict[str, list[str]] = {}
+    for name in source.others:
+        to = renamed(name, wish.rename)
+        if to is None:
+            continue
+        by_name[to] = name
+        if family is not None:
+            by_canonical.setdefault(family.canonical(to), []).append(name)
+    pairs: dict[str, str] = {}
+    for name in names:
+        near = [by_name[name]] if name in by_name else []
+        if not near and family is not None:
+            near = by_canonical.get(family.canonical(name), [])
+        if len(near) > 1:
+            raise AmbiguousTensorError(
+                f"one tensor of the source for {show(name)}",
+                f"{len(near)}",
+                tensor=name,
+                sections=[("tensors", map(show, near))],
+                hint="say which with rename=",
+            )
+        if near:
+            pairs[name] = near[0]
+    return pairs
 
 
 class _Draft:
-    """A plan in the making: local to one call of `make_plan`."""
+    """A plan in the making: local to one call of `plan_of`."""
 
-    def __init__(self, source: Checkpoint, targets: Mapping[str, Target]) -> None:
-        self.source = source
-        self.targets = targets
-        self.target_ids = {name: i for i, name in enumerate(targets)}
-        self.local = dict(targets)
+    def __init__(self, prepared: Prepared, chosen: Mapping[str, Target]) -> None:
+        self.prepared = prepared
+        self.source = prepared.source
+        self.chosen = dict(chosen)
+        self.target_ids = {name: i for i, name in enumerate(chosen)}
         self.parts: list[Part] = []
         self.part_ids: dict[tuple[str, int], int] = {}
         self.patterns: dict[Pattern, int] = {}
         self.copies: list[Copy] = []
-        self.filled: set[str] = set()
-        self.used: set[str] = set()
-        self.roles: set[tuple[str, str]] = set()
-        self.known: dict[object, tuple[Move, ...]] = {}
 
-    def add_role(self, source: Module, module: Module, side: Side, take: Take) -> None:
+    def add_role(self, source: Module, module: Module, role: str) -> None:
         """Every copy of one role of one experts module."""
-        role = side.row.role
+        wish = self.prepared.wish
+        experts = chosen_experts(wish.experts, source.path, source.sizes.get("e", 0))
+        take: Take = (("e", experts),) if experts is not None else ()
+        side = held_side(module.layout.row(role), module, self.chosen, wish, source)
         row, names = source.layout.row(role), source.tensors[role]
         needed = self._moves(self._held(row, source, names), side, take)
         lost = sorted({m.source for m in needed if names[m.source] is None})
         if lost:
             raise _lost_error(source, row, lost)
-        self.roles.add((source.path, role))
+        whole_shape = shape_of(side.row, dict(side.sizes))
         for place, name in enumerate(module.tensors[role]):
             if name is not None and side.held[place]:
-                self.filled.add(name)
-                self.local[name] = self.targets[name]._replace(
-                    shape=shape_of(side.row, dict(side.sizes)), runs=side.held[place][0]
-                )
-        self._book(needed, [n or "" for n in names], [n or "" for n in module.tensors[role]])
+                self.chosen[name] = self.chosen[name]._replace(shape=whole_shape, runs=side.held[place][0])
+        self._book(needed, names, module.tensors[role])
 
     def _held(self, row: Row, source: Module, names: Sequence[str | None]) -> Side:
         full = (whole(shape_of(row, source.sizes)),)
@@ -148,51 +245,18 @@ class _Draft:
 
     def _moves(self, source: Side, side: Side, take: Take) -> tuple[Move, ...]:
         key = (source, side, take)
-        if key not in self.known:
-            self.known[key] = moves(source, side, take)
-        return self.known[key]
+        if key not in self.prepared.known:
+            self.prepared.known[key] = moves(source, side, take)
+        return self.prepared.known[key]
 
-    def add_others(self, wish: Wish, open_names: set[str], modules: Mapping[str, Module]) -> None:
-        """Every tensor outside the experts: by its renamed name, else by the family's hub and runtime names."""
-        experts = self.source.expert_tensors
-        by_name: dict[str, str] = {}
-        by_canonical: dict[str, list[str]] = {}
-        family = wish.family or self.source.family
-        for name in self.source.tensors:
-            if name in experts:
-                continue
-            to = renamed(name, wish.rename)
-            if to is None:
-                self.used.add(name)  # the caller's table says that it has no place
-                continue
-            by_name[to] = name
-            if family is not None:
-                by_canonical.setdefault(family.canonical(to), []).append(name)
-        taken = {name for module in modules.values() for names in module.tensors.values() for name in names}
-        for name, target in self.targets.items():
-            if name not in open_names or name in taken:
-                continue
-            found = by_name.get(name)
-            if found is None and family is not None:
-                near = by_canonical.get(family.canonical(name), [])
-                if len(near) > 1:
-                    raise AmbiguousTensorError(
-                        f"one tensor of the source for {show(name)}",
-                        f"{len(near)}",
-                        tensor=name,
-                        sections=[("tensors", map(show, near))],
-                        hint="say which with rename=",
-                    )
-                found = near[0] if near else None
-            if found is not None:
-                self._add_plain(found, name, target, wish)
-
-    def _add_plain(self, source_name: str, name: str, target: Target, wish: Wish) -> None:
+    def add_plain(self, source_name: str, name: str) -> None:
+        """The copies of a tensor outside the experts."""
+        wish, target = self.prepared.wish, self.chosen[name]
         entry = self.source.tensors[source_name]
         row, shape = plain_row(len(entry.shape)), entry.shape
         take: Take = ()
         router = self.source.routers.get(source_name)
-        if router is not None and wish.experts is not None and target.shape != shape:
+        if router is not None and wish.experts is not None and (wish.routers or target.shape != shape):
             at = next(i for i, dim in enumerate(router.dims) if str(dim) == "e")
             experts = chosen_experts(wish.experts, self._owner(source_name), shape[at])
             if experts is not None:
@@ -209,8 +273,6 @@ class _Draft:
         source = Side(row, _plain_sizes(entry.shape), (pieces_of(entry),))
         side = Side(row, _plain_sizes(target.shape), ((target.runs,),))
         self._book(self._moves(source, side, take), [source_name], [name])
-        self.used.add(source_name)
-        self.filled.add(name)
 
     def _owner(self, router: str) -> str:
         """The experts module that a router tensor belongs to: the one below the longest common path."""
@@ -220,13 +282,16 @@ class _Draft:
 
         return max(self.source.modules, key=shared, default="")
 
-    def _book(self, made: Iterable[Move], sources: Sequence[str], targets: Sequence[str]) -> None:
+    def _book(
+        self, made: Iterable[Move], sources: Sequence[str | None], targets: Sequence[str | None]
+    ) -> None:
         for move in made:
             pattern = self.patterns.setdefault(move.pattern, len(self.patterns))
-            part = self._part(sources[move.source], move.piece)
-            self.copies.append(
-                Copy(part, move.at, self.target_ids[targets[move.target]], move.start, pattern)
-            )
+            source, target = sources[move.source], targets[move.target]
+            assert source is not None
+            assert target is not None
+            part = self._part(source, move.piece)
+            self.copies.append(Copy(part, move.at, self.target_ids[target], move.start, pattern))
 
     def _part(self, name: str, number: int) -> int:
         if (name, number) not in self.part_ids:
@@ -236,20 +301,21 @@ class _Draft:
             self.parts.append(Part(name, entry.dtype, piece.file, piece.begin, piece.end))
         return self.part_ids[name, number]
 
-    def plan(self, layouts: Sequence[tuple[str, str, str]], left: Sequence[str]) -> Plan:
+    def plan(self, layouts: tuple[tuple[str, str, str], ...]) -> Plan:
         order = sorted(range(len(self.parts)), key=lambda i: (self.parts[i].file, self.parts[i].begin, i))
         place = {old: new for new, old in enumerate(order)}
         copies = sorted(copy._replace(source=place[copy.source]) for copy in self.copies)
-        empty = [name for name, target in self.targets.items() if not all(held(target.runs))]
+        unused, passed = self.prepared.left
+        missing = frozenset(self.prepared.missing)
         return Plan(
             parts=tuple(self.parts[i] for i in order),
-            targets=tuple(self.local.values()),
+            targets=tuple(self.chosen.values()),
             patterns=tuple(self.patterns),
             copies=tuple(copies),
-            missing=tuple(n for n in self.targets if n not in self.filled and n not in empty),
-            unused=tuple(name for name in left if not self.source.ignorable(name)),
-            passed=tuple(name for name in left if self.source.ignorable(name)),
-            layouts=tuple(layouts),
+            missing=tuple(name for name in self.chosen if name in missing),
+            unused=unused,
+            passed=passed,
+            layouts=layouts,
         )
 
 
@@ -282,4 +348,4 @@ def _lost_error(source: Module, row: Row, lost: Sequence[int]) -> MissingTensorE
     )
 
 
-__all__ = ["GENERAL", "default_targets", "make_plan", "plain_row", "raise_fatal"]
+__all__ = ["Prepared", "default_targets", "make_plan", "plan_of", "prepare", "raise_fatal"]

@@ -37,7 +37,7 @@ TILE_BYTES: Final = 1 << 20  # half of a common second-level cache
 LINE: Final = 64  # bytes of a cache line: fewer rows than that write each destination line more than once
 COLUMNS: Final = 512  # per direct call: lines that a pass over 16 rows wrote in part are at hand for the next
 ALIAS: Final = 2048  # row strides of whole multiples of this fall on one or two sets of a first-level cache
-SPAN: Final = 1 << 17
+SPAN: Final = 1 << 18  # bytes of the temporary that such strides are written through
 SHUFFLE_BYTES: Final = 1 << 19  # the shuffle's temporary beside its source: both stay in the second level
 PLAIN_ROWS: Final = 128
 
@@ -56,39 +56,34 @@ def copy_transposed(dst: torch.Tensor, src: torch.Tensor, *, kernel: Name | None
         found = f"{dst.dtype} {tuple(dst.shape)} and {src.dtype} {tuple(src.shape)}"
         raise ValueError(f"expected two tiles of one dtype and shape ([n,] rows, cols), found {found}")
     if src.element_size() not in _INTS or not src.is_contiguous():
-        raise ValueError(
-            f"expected a contiguous source of 1, 2, 4 or 8 bytes, found {src.dtype} {src.stride()}"
-        )
-    if src.numel() == 0:
-        return
+        raise ValueError(f"expected a contiguous source, 1 to 8 bytes wide, found {src.dtype} {src.stride()}")
     width = src.element_size()
     into, tile = dst.detach().view(_INTS[width]), src.detach().view(_INTS[width])
-    rows, cols = tile.shape[-2:]
-    if min(rows, cols) == 1 or into.stride(-2) != 1 or into.stride(-1) < rows:
+    if min(tile.shape[-2:]) <= 1 or into.stride(-2) != 1 or into.stride(-1) < tile.shape[-2]:
         into.copy_(tile)
         return
     move = kernel_for(width) if kernel is None else _named(kernel, width)
-    if tile.dim() == 2:
-        move(into.t(), tile)
-        return
-    for one, other in zip(into.transpose(1, 2), tile, strict=True):
-        move(one, other)
+    outs = into.transpose(-1, -2)
+    for out, one in zip(outs, tile, strict=True) if tile.dim() == 3 else ((outs, tile),):
+        move(out, one)
 
 
 def tile_shape(itemsize: int, rows: int, cols: int, limit: int = TILE_BYTES) -> tuple[int, int]:
     """The (rows, cols) of the tiles in which to feed a [rows, cols] tensor through `copy_transposed`.
 
-    Whole rows, as many as `limit` bytes hold, in multiples of a cache line of the destination. Only where not
-    even one line's worth of rows fits are the rows themselves cut.
+    Whole rows, as many as `limit` bytes hold, spread evenly over the tiles in multiples of a cache line. Rows
+    are cut only where not even one line's worth of them fits. A higher limit pays for rows over 4 KiB: a tile
+    writes runs of `rows` elements, and runs under 512 bytes are slow.
     """
-    line = max(1, LINE // itemsize)
+    line = LINE // itemsize
     fit = limit // max(1, itemsize * cols)
     if fit >= rows:
         return rows, cols
     if fit >= line:
-        return fit // line * line, cols
+        even = -(-rows // -(-rows // (fit // line * line)))
+        return -(-even // line) * line, cols
     tall = min(rows, line)
-    return tall, min(cols, max(1, limit // (itemsize * tall)))
+    return tall, min(cols, limit // (itemsize * tall))
 
 
 @functools.cache
@@ -96,9 +91,8 @@ def kernel_for(width: int) -> Kernel:
     """The kernel for elements of `width` bytes: the first that is exact and faster than `plain` here."""
     for name in ("simd", "shuffle"):
         kernel = _named(name, width)
-        if kernel is plain or not is_exact(kernel, width):
-            continue
-        if _seconds(kernel, width) < _seconds(plain, width):
+        usable = kernel is not plain and is_exact(kernel, width)
+        if usable and _seconds(kernel, width) < _seconds(plain, width):
             return kernel
     return plain
 
@@ -129,25 +123,20 @@ def plain(out: torch.Tensor, src: torch.Tensor) -> None:
 
 def shuffle(out: torch.Tensor, src: torch.Tensor) -> None:
     """Blocks of rows through `native_channel_shuffle`; 16-bit elements go as pairs, split on the way out."""
-    rows, cols = src.shape
-    lanes = 2 if src.element_size() == 2 else 1
-    main = cols - cols % lanes
-    step = max(1, SHUFFLE_BYTES // max(1, cols * src.element_size()))
-    for r in range(0, rows, step):
-        n = min(step, rows - r)
-        block = src[r : r + n, :main]
-        if lanes == 1:
-            as_kept = block.view(torch.float32) if block.element_size() == 4 else block
-            out[:, r : r + n].copy_(_shuffled(as_kept).view(src.dtype))
+    width, even = src.element_size(), src.shape[1] // 2 * 2
+    step = max(1, SHUFFLE_BYTES // (src.shape[1] * width))
+    for r in range(0, src.shape[0], step):
+        block, part = src[r : r + step], out[:, r : r + step]
+        if width != 2:
+            part.copy_(_shuffled(block.view(torch.float32) if width == 4 else block).view(src.dtype))
             continue
-        if main < cols:  # the last of an odd number of columns has no partner
-            out[main:, r : r + n].copy_(src[r : r + n, main:].t())
-        if block.storage_offset() % lanes or not block.is_contiguous():
+        part[even:].copy_(block[:, even:].t())  # the last of an odd number of columns has no partner
+        block = block[:, :even]
+        if block.storage_offset() % 2 or not block.is_contiguous():
             block = block.clone(memory_format=torch.contiguous_format)
-        if main:
-            pairs = _shuffled(block.view(torch.float32)).view(torch.int32)
-            out[0:main:2, r : r + n].copy_(pairs)  # narrowing keeps the low half: the even column
-            out[1:main:2, r : r + n].copy_(pairs.bitwise_right_shift_(16))
+        pairs = _shuffled(block.view(torch.float32)).view(torch.int32)
+        part[0:even:2].copy_(pairs)  # narrowing keeps the low half: the even columns
+        part[1:even:2].copy_(pairs.bitwise_right_shift_(16))
 
 
 def _shuffled(block: torch.Tensor) -> torch.Tensor:
@@ -168,8 +157,7 @@ def _named(name: str, width: int) -> Kernel:
 def _simd(width: int) -> Kernel | None:
     """void fbgemm::transpose_simd<T>(int64 M, int64 N, const T* src, int64 ld_src, T* dst, int64 ld_dst)."""
     mangled = f"_ZN6fbgemm14transpose_simdI{ {1: 'h', 2: 't', 4: 'f'}[width] }EEvllPKT_lPS1_l"
-    try:
-        # the extension module's handle also resolves names of the libraries it was linked with
+    try:  # the extension module's handle also resolves names of the libraries it was linked with
         entry = getattr(ctypes.CDLL(torch._C.__file__), mangled)
     except (OSError, AttributeError, TypeError):
         return None
@@ -197,9 +185,8 @@ def _simd(width: int) -> Kernel | None:
 
 def _noise(width: int, count: int) -> torch.Tensor:
     """Bits that look random and are the same every time; the caller's random state is left alone."""
-    seeded = torch.Generator(device="cpu").manual_seed(count)
-    noise = torch.randint(0, 256, (count * width,), dtype=torch.uint8, device="cpu", generator=seeded)
-    return noise.view(_INTS[width])
+    bits = np.random.default_rng(count).integers(0, 256, count * width, dtype=np.uint8)
+    return torch.from_numpy(bits).view(_INTS[width])
 
 
 def _seconds(kernel: Kernel, width: int) -> float:

@@ -1,0 +1,331 @@
+"""`restow.convert`: a checkpoint on disk into another layout on disk, exactly, in bounded memory, published at once.
+
+The destination's tensors are what `planning.default_targets` says, or the very files that a record holds; they are
+filled chunk by chunk by the same plans and the same executor as a load, and written through `publish`. It rejects
+unknown layouts, sources with fatal problems, and destinations that `publish` rejects, before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import xxhash
+
+from restow.checkpoint import Checkpoint
+from restow.errors import ConfigError, UsageError, show
+from restow.family import Family
+from restow.landing import Experts, Wish, chosen_experts, layout_of
+from restow.layout import Layout
+from restow.opening import open_checkpoint
+from restow.outfiles import INDEX, OutFile, index_text, nbytes, new_files, recorded_files
+from restow.planning import Prepared, default_targets, prepare, raise_fatal
+from restow.problems import merged
+from restow.publish import Staging
+from restow.record import SECTION, make_record, read_record
+from restow.sidefiles import side_files
+from restow.targets import Target, whole_target
+from restow.torch.chunks import Filled, Slice, slices, stream
+from restow.torch.dtypes import dtype_name, narrows
+from restow.torch.read import Progress
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What a conversion did: sizes in bytes, `seconds` for the whole call, the disk's sync included.
+
+    `narrowed` maps a tensor to the cast that lost precision; `left_behind` are files of the source that were not
+    taken along; `notes` is what the user should be told.
+    """
+
+    target: str
+    layout: str
+    files: int
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    narrowed: Mapping[str, str]
+    left_behind: tuple[str, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
+        lines = [
+            f"converted to {self.layout}: {self.tensors:,} tensors, {self.bytes_written:,} bytes in "
+            f"{self.files} files at {show(self.target)}, {self.seconds:.1f} s ({rate:.2f} GB/s)"
+        ]
+        if self.narrowed:
+            name, cast = next(iter(self.narrowed.items()))
+            lines.append(f"  narrowed {len(self.narrowed)} tensors, such as {show(name)}: {cast}")
+        if self.left_behind:
+            lines.append(f"  left behind: {', '.join(map(show, self.left_behind))}")
+        lines += [f"  warning: {text}" for text in self.warnings]
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything a conversion will write, decided before it begins."""
+
+    prepared: Prepared
+    files: tuple[OutFile, ...]
+    index: tuple[str, bytes] | None
+    layout: str
+    undo: Mapping[str, str]
+    side: Mapping[str, bytes]
+    left: tuple[str, ...]
+
+
+def convert(
+    source: str | os.PathLike[str] | Checkpoint,
+    target: str | os.PathLike[str],
+    *,
+    to: str | Layout,
+    experts: Experts = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    threads: int | None = None,
+    replace: bool = False,
+    progress: Progress | bool | None = None,
+    strict: bool = False,
+) -> ConvertReport:
+    """Write the checkpoint `source` to the folder `target` with its experts in layout `to`.
+
+    `to`: a layout's name (the family's meaning first), a `Layout`, "hf" (what the vendor ships) or "source" (what was
+    recorded by the conversion that made `source`: file map, headers and all). `experts` keeps these experts, in this
+    order, with their router rows, and mends the config. `dtype` casts floating tensors, but for rows that must stay
+    exact. All other tensors, the config and tokenizer files come along unchanged. At most 1 GiB of memory, whatever
+    the size. Raises the source's fatal problems, `UsageError` for an unknown `to`, and `DestinationError`s; then
+    nothing is written.
+    """
+    started = time.perf_counter()
+    opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    warnings = _judge(opened, strict)
+    job = _prepare(opened, to, experts, dtype, max_shard_bytes)
+    size = sum(file.size for file in job.files) + sum(map(len, job.side.values())) + (len(job.index[1]) if job.index else 0)
+    count = len(job.files) + len(job.side) + (job.index is not None) + 1
+    assert opened.path is not None
+    with Staging(target, size=size, count=count, sources=[opened.path], replace=replace) as staging:
+        read, digests = _write(job, staging, threads, progress)
+        for name, data in job.side.items():
+            staging.add(name, data)
+        if job.index is not None:
+            staging.add(*job.index)
+        staging.finish({SECTION: job.undo, "tensors": digests, "source": _identity(opened)})
+        notes = staging.notes
+    return ConvertReport(
+        target=os.fspath(target),
+        layout=job.layout,
+        files=len(job.files),
+        tensors=sum(len(file.tensors) for file in job.files),
+        bytes_read=read,
+        bytes_written=sum(file.size for file in job.files),
+        narrowed=_narrowed(job),
+        left_behind=job.left,
+        warnings=warnings,
+        notes=tuple(notes),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _judge(opened: Checkpoint, strict: bool) -> tuple[str, ...]:
+    raise_fatal(opened)
+    fatal = [problem.error for problem in opened.problems if problem.fatal]
+    if fatal:
+        raise merged(fatal)
+    odd = [problem.error for problem in opened.problems]
+    if strict and odd:
+        raise merged(odd)
+    return tuple(str(error) for error in odd)
+
+
+def _prepare(
+    opened: Checkpoint, to: str | Layout, experts: Experts, dtype: torch.dtype | None, limit: int
+) -> _Job:
+    if opened.path is None or not opened.modules:
+        raise UsageError("a checkpoint with experts", "none", path=opened.path)
+    side = side_files(opened.path)
+    sides = dict(side.files)
+    if to == "source":
+        if experts is not None or dtype is not None:
+            raise UsageError('to="source" alone', "experts= or dtype= with it")
+        return _undo(opened, sides, side.left)
+    layout = layout_of(to, opened.family)
+    assert layout is not None
+    wish = Wish(layout=layout, family=opened.family, experts=experts, routers=experts is not None)
+    targets = [_cast(opened, t, dtype) for t in _with_routers(opened, default_targets(opened, layout, wish), wish)]
+    if experts is not None:
+        sides["config.json"] = _mended(opened, wish, sides.get("config.json"))
+    metadata = {"format": "pt"}
+    files = new_files(((t.name, t.dtype, t.shape) for t in targets), limit, metadata)
+    why_not = "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
+    return _Job(
+        prepared=prepare(opened, targets, wish),
+        files=files,
+        index=(INDEX, index_text(files)) if len(files) > 1 else None,
+        layout=to if isinstance(to, str) else "the layout given",
+        undo=make_record(opened, why_not),
+        side=sides,
+        left=side.left,
+    )
+
+
+def _undo(opened: Checkpoint, sides: Mapping[str, bytes], left: tuple[str, ...]) -> _Job:
+    record = read_record(opened)
+    assert opened.path is not None
+    files = recorded_files(record.heads, opened.path)
+    targets = [whole_target(t.name, t.shape, t.dtype) for file in files for t in file.tensors]
+    layouts = set(record.layouts.values())
+    if len(layouts) != 1:
+        layouts = {layout for layout in layouts if layout is not None}
+    wish = Wish(layout=next(iter(layouts)) if len(layouts) == 1 else None, family=opened.family)
+    return _Job(prepare(opened, targets, wish), files, record.index, "its source's layout", make_record(opened, ""), sides, left)
+
+
+def _with_routers(opened: Checkpoint, targets: Sequence[Target], wish: Wish) -> Iterator[Target]:
+    """Targets with the router tensors' `e` dims as long as the experts that were chosen."""
+    for target in targets:
+        row = opened.routers.get(target.name)
+        if row is None or wish.experts is None:
+            yield target
+            continue
+        at = next(i for i, dim in enumerate(row.dims) if str(dim) == "e")
+        path = max(opened.modules, key=lambda p: len(os.path.commonprefix([p, target.name])))
+        chosen = chosen_experts(wish.experts, path, target.shape[at])
+        n = target.shape[at] if chosen is None else len(chosen)
+        yield whole_target(target.name, (*target.shape[:at], n, *target.shape[at + 1 :]), target.dtype)
+
+
+def _cast(opened: Checkpoint, target: Target, dtype: torch.dtype | None) -> Target:
+    row = opened.routers.get(target.name)
+    if dtype is None or target.dtype not in FLOATS or (row is not None and row.exact):
+        return target
+    return target._replace(dtype=dtype_name(dtype))
+
+
+def _mended(opened: Checkpoint, wish: Wish, config: bytes | None) -> bytes:
+    """config.json with the number of experts that was kept. Raises where a config cannot say it."""
+    if config is None or opened.family is None:
+        raise ConfigError("a config.json whose number of experts can be mended", "none", path=opened.path)
+    kept = {
+        len(chosen_experts(wish.experts, path, module.sizes["e"]) or range(module.sizes["e"]))
+        for path, module in opened.modules.items()
+    }
+    if len(kept) != 1:
+        raise UsageError("as many experts in every module, since the config has one number", f"{sorted(kept)}")
+    body = json.loads(config)
+    (count,) = kept
+    changed = [path for line in opened.family.sizes if line.key == "e" for path in _set_sizes(body, line.terms, count)]
+    if not changed:
+        raise ConfigError("the number of experts in config.json", "none", path=opened.path)
+    per_token = [body, body.get("text_config") or {}]
+    for part in per_token:
+        for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
+            if isinstance(part.get(key), int) and part[key] > count:
+                raise UsageError(f"at least {part[key]} experts, as many as each token takes ({key})", f"{count}")
+    return (json.dumps(body, indent=2) + "\n").encode()
+
+
+def _set_sizes(body: dict[str, Any], terms: Sequence[str], count: int) -> list[str]:
+    changed = []
+    for path in (path for term in terms for path in term.split("|")):
+        for start in (body, body.get("text_config")):
+            *above, last = path.split(".")
+            part: Any = start
+            for word in above:
+                part = part.get(word) if isinstance(part, dict) else None
+            if isinstance(part, dict) and isinstance(part.get(last), int):
+                part[last] = count
+                changed.append(path)
+    return changed
+
+
+def _write(
+    job: _Job, staging: Staging, threads: int | None, progress: Progress | bool | None
+) -> tuple[int, dict[str, str]]:
+    """Fill and write every file; the bytes read, and an xxh3-128 digest per tensor."""
+    places = {t.name: (file.name, t.begin) for file in job.files for t in file.tensors}
+    left = {file.name: file.size for file in job.files}
+    digests: dict[str, str] = {}
+    hashes: dict[str, Any] = {}
+    lock = threading.Lock()
+
+    def account(file: str, written: int) -> None:
+        with lock:
+            left[file] -= written
+            done = left[file] == 0
+        if done:
+            staging.seal(file)
+
+    def hand_on(filled: Sequence[Filled]) -> None:
+        for one in filled:
+            name = one.slice.target.name
+            file, begin = places[name]
+            data = memoryview(one.tensor.reshape(-1).view(torch.uint8).numpy())
+            hashes.setdefault(name, xxhash.xxh3_128()).update(data)
+            account(file, staging.write(file, begin + one.slice.offset, data))
+            if one.slice.offset + len(data) == nbytes(one.slice.target.dtype, one.slice.target.shape):
+                digests[name] = hashes.pop(name).hexdigest()
+
+    for file in job.files:
+        staging.create(file.name, file.size)
+        account(file.name, staging.write(file.name, 0, file.head))
+    total = sum(nbytes(entry.dtype, entry.shape) for entry in job.prepared.source.tensors.values())
+    show_progress = _progress(progress, total)
+    read = stream(job.prepared, _slices(job), hand_on, threads=threads, progress=show_progress)
+    for file in job.files:
+        for tensor in file.tensors:
+            if tensor.end == tensor.begin:
+                digests[tensor.name] = xxhash.xxh3_128().hexdigest()
+    return read, digests
+
+
+def _slices(job: _Job) -> Iterator[Slice]:
+    limit = 64 << 20
+    for file in job.files:
+        for tensor in file.tensors:
+            if tensor.end > tensor.begin:
+                yield from slices(job.prepared.targets[tensor.name], limit)
+
+
+def _progress(progress: Progress | bool | None, total: int) -> Any:
+    if not progress:
+        return None
+    if progress is True:
+        from restow.progress import bar
+
+        progress = bar("converting")
+    call = progress
+    return lambda read: call(min(read, total), total)
+
+
+def _narrowed(job: _Job) -> dict[str, str]:
+    found = {}
+    for name, target in job.prepared.targets.items():
+        source = job.prepared.plain.get(name)
+        if source is None and name in job.prepared.owners:
+            path, role, _ = job.prepared.owners[name]
+            module = job.prepared.source.modules[job.prepared.pairs[path]]
+            source = next(n for n in module.tensors[role] if n is not None)
+        if source is not None and narrows(job.prepared.source.tensors[source].dtype, target.dtype):
+            found[name] = f"{job.prepared.source.tensors[source].dtype} -> {target.dtype}"
+    return found
+
+
+def _identity(opened: Checkpoint) -> dict[str, int]:
+    """The source's files and their sizes: what the result was made from."""
+    return {name: stamp[2] for name, stamp in opened.stamps.items()}
+
+
+__all__ = ["ConvertReport", "Family", "convert", "replace"]
