@@ -1,7 +1,7 @@
 """The catalogue against transformers: what its tables say about names, shapes, routers and halves, models show.
 
-Nothing here takes a fact from the tables: names come from saved files and state dicts, the pairs of the two by equal
-bytes, the halves of gate and up by calling the experts. Each oracle is shown to notice a table that is wrong.
+Nothing here takes a fact from the tables: names come from saved files and state dicts, the pairs of the two by
+equal bytes, gate and up by calling the experts. Each oracle is shown to notice a table that is wrong.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+import transformers
 from einops import rearrange
 from safetensors.torch import load_file
 
+import tiny
 from restow import catalog
 from restow.checkpoint import Checkpoint, survey
 from restow.entries import Entry, Piece
@@ -268,9 +269,39 @@ def saved_names(family_id: str, tie: bool | None, original: bool) -> frozenset[s
     return frozenset(read(tiny.save(tiny.build(family_id, tie=tie), folder, original)))
 
 
+BY_META = [
+    "deepseek_v32",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "flex_olmo",
+    "granitemoeshared",
+    "granitemoehybrid",
+]
+
+
+@pytest.mark.parametrize("model_type", BY_META)
+def test_model_types_that_share_a_table(model_type: str) -> None:
+    """Real configs cut to four layers, on the meta device: modules, sizes, routers and required names."""
+    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=4)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    family = FAMILIES[model_type]
+    found = survey(entries(model.state_dict()), family=family, config=config.to_dict())
+    assert not found.problems, [str(problem.error) for problem in found.problems]
+    assert len(found.modules) == sum(path.endswith(".experts") for path, _ in model.named_modules()) > 0
+    assert {module.names for module in found.modules.values()} == {("fused",)}
+    biases = [name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert len(found.routers) == len(found.modules) + len(biases)
+    assert {name.lstrip("?") for name in family.required} <= set(model.state_dict())
+    for path, module in found.modules.items():
+        up, down = model.get_submodule(path).gate_up_proj.shape, model.get_submodule(path).down_proj.shape
+        assert up == (module.sizes["e"], 2 * module.sizes["f"], module.sizes["d"])
+        assert down == (module.sizes["e"], module.sizes["d"], module.sizes["f"])
+
+
 TIE_RULES = [  # top-level key, text config's key, tied: as transformers 5.23 ties what it builds from them
-    ("qwen3_5_moe", True, False, True), ("qwen3_5_moe", False, True, False), ("qwen3_5_moe", None, True, False),
-    ("qwen3_vl_moe", None, True, False), ("aria", None, True, False), ("step3p7", None, True, False),
+    ("qwen3_5_moe", True, False, True), ("qwen3_5_moe", False, True, False),
+    ("qwen3_5_moe", None, True, False), ("qwen3_vl_moe", None, True, False), ("aria", None, True, False), ("step3p7", None, True, False),
     ("gemma4", None, False, True), ("gemma4", False, True, False), ("gemma4", True, False, True),
     ("llama4", True, False, False), ("llama4", False, True, True), ("llama4", None, None, False),
     ("nemotron_h", True, None, False), ("gemma4_text", None, None, True), ("mixtral", None, None, False),
@@ -289,7 +320,7 @@ def test_which_key_ties(model_type: str, top: bool | None, text: bool | None, ti
 
 
 def logical(found: Checkpoint, tensors: Tensors, role: str) -> dict[object, torch.Tensor]:
-    """Each module's weights of a role as [e, p, f, d] (`in`) or [e, d, f] (`out`), by the layout's rows and einops."""
+    """Each module's weights of a role as [e, p, f, d] (`in`) or [e, d, f] (`out`), by its rows and einops."""
     out = {}
     assert found.family is not None
     order = "e p f d" if role == "in" else "e d f"
@@ -328,10 +359,10 @@ def test_halves_and_experts_do_what_the_rows_say(family_id: str) -> None:
 
 
 def check_meaning(family: Family, family_id: str) -> None:
-    """An expert's output is linear in up and not in gate, and an expert's `in` and `out` belong to one expert.
+    """An expert's output is linear in up and not in gate; an expert's `in` and `out` belong to one expert.
 
-    Scaling by powers of two is exact. Without a gate the activation squares; gpt_oss adds one to up, so there zeros
-    (biases too) do what scaling does elsewhere.
+    Scaling by powers of two is exact. Without a gate the activation squares; gpt_oss adds one to up, so there
+    zeros (biases too) do what scaling does elsewhere.
     """
     bench = Bench(family, family_id)
     every, half = range(tiny.EXPERTS), range(1, tiny.EXPERTS, 2)
@@ -353,7 +384,7 @@ def check_meaning(family: Family, family_id: str) -> None:
 
 
 class Bench:
-    """The first experts module of a model, run with some of its weights scaled, as its layout says where they are."""
+    """The first experts module of a model, run with some of its weights scaled where its layout says they are."""
 
     def __init__(self, family: Family, family_id: str) -> None:
         self.model = tiny.build(family_id)
@@ -366,7 +397,9 @@ class Bench:
 
     def output(self, factors: Mapping[tuple[str, int], float], experts: Iterable[int]) -> torch.Tensor:
         seen: list[torch.Tensor] = []
-        kept = {name: self.held[name].detach().clone() for names in self.module.tensors.values() for name in names}
+        kept = {
+            name: self.held[name].detach().clone() for names in self.module.tensors.values() for name in names
+        }
         for (role, label), factor in factors.items():
             for each in (role, f"{role}.bias"):
                 if each in self.module.layout.roles:
@@ -451,7 +484,7 @@ def test_a_wrong_size_or_router_is_noticed(family_id: str, old: str, new: str) -
 
 
 def vendor_vl(d: int, f: int) -> dict[str, tuple[int, ...]]:
-    """Qwen3-VL-MoE as its vendor stores it; transformers 5.23 writes the other orientation under these names."""
+    """Qwen3-VL-MoE as its vendor stores it; transformers 5.23 writes the other orientation under its names."""
     at = "model.language_model.layers.0.mlp."
     return {
         f"{at}gate.weight": (12, d),
@@ -562,7 +595,9 @@ def test_prediction_blocks_may_be_in_another_layout() -> None:
     }
     for e in range(4):
         at = f"mtp.layers.0.mlp.experts.{e}"
-        shapes |= {f"{at}.{p}_proj.weight": (8, 32) for p in ("gate", "up")} | {f"{at}.down_proj.weight": (32, 8)}
+        shapes |= {f"{at}.{p}_proj.weight": (8, 32) for p in ("gate", "up")} | {
+            f"{at}.down_proj.weight": (32, 8)
+        }
     text = {"num_experts": 4, "hidden_size": 32, "moe_intermediate_size": 8}
     found = survey(entries(shapes), family=FAMILIES["qwen3_5_moe"], config={"text_config": text})
     assert {path: module.names for path, module in found.modules.items()} == {

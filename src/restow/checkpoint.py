@@ -104,7 +104,7 @@ def survey(
         _Shapes(tensors),
         candidates_of(family, layout),
         sizes,
-        claimed=lambda name: routers.row(name) is not None or _excused(name, family, sizes),
+        claimed=lambda name: layout is not None or routers.row(name) is not None or _excused(name, family, sizes),
     )
     return Checkpoint(
         tensors=tensors,

@@ -4,7 +4,7 @@ Families are text tables (`restow.catalog`) parsed into frozen values; nothing a
 tables that contradict themselves. The lines of a table:
 
     family    model types
-    size      AXIS[@ROLE] = config path [| path] [+ ...]; `#path` is the length of a list or text; L counts layers
+    size      AXIS[@ROLE] = config path [| path] [+ ...]; `#path`: the length of a list or text; L: layers
     order     labels of p in order, then the order of p and f: `gate|up p f`, `up p f`, `gate|up f p`
     module    containers of the experts module: the vendor's, then transformers' runtime, then others
     rename    run of segments on the hub, the same in transformers' runtime (`^run`: only where a name begins)
@@ -12,8 +12,8 @@ tables that contradict themselves. The lines of a table:
     router    rows of tensors outside the experts that have an `e` axis, their names below the layer, as on the hub
     ignore    names that a destination need not have: `*` any run of segments, `{l+L}` a layer number of at least L
     require   names that a whole checkpoint must hold; the head after `?`, since a config may tie it
-    tie       the config's key that ties the head, and `yes` if it is tied where that key is absent; or `never`.
-              Without this line the key is the top-level `tie_word_embeddings`
+    tie       the config's key that ties the head, then `yes` if it is tied where that key is absent; or `never`;
+              without this line the key is the top-level `tie_word_embeddings`
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ class Findings:
 def candidates_of(family: Family | None, layout: Layout | None) -> tuple[Spelling, ...]:
     """The candidates: a layout that was named, a family's own, or every general form."""
     if layout is not None:
-        return (Spelling(("given",), "", layout),)
+        own = [s for s in (family.candidates() if family is not None else ()) if s.layout == layout]
+        return tuple(own[:1]) or (Spelling(("given",), "", layout),)
     if family is not None:
         return family.candidates()
     return tuple(Spelling((name,), "", GENERAL[name]) for name in FORMS)

@@ -18,7 +18,7 @@ from restow.find import Findings, Module, candidates_of, find_modules
 from restow.layout import Layout, axis_size, shape_of
 from restow.moves import Side, freeze
 from restow.named import GENERAL
-from restow.naming import Rename, fits, renamed
+from restow.naming import Rename, renamed
 from restow.notation import Row
 from restow.problems import merged
 from restow.targets import Runs, Shard, Target, axis_runs
@@ -94,9 +94,7 @@ def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) 
         shapes,
         candidates,
         sizes,
-        claimed=lambda name: (
-            family is not None and any(fits(p, name, source.sizes) for p in family.ignorable)
-        ),
+        claimed=lambda name: True,  # whatever else lies there is filled by its name, or missing
         local=local,
         partial=wish.shard is not None or wish.part,
         what="the destination",

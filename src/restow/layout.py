@@ -23,8 +23,8 @@ Sizes = Mapping[str, int]
 class SizeLine:
     """`e = config.num_experts`, `e@in = n_routed_experts + zero_expert_num`: an axis's size as a sum of terms.
 
-    A term is a number or alternatives `a.b|c`: dotted paths into the config, the first that exists counts; `#a.b` is
-    the length of the list or text there.
+    A term is a number or alternatives `a.b|c`: dotted paths into the config, the first that exists counts; `#a.b`
+    is the length of the list or text there.
     """
 
     axis: str
@@ -50,7 +50,8 @@ class Layout:
     @staticmethod
     def parse(text: str) -> Layout:
         """Parse rows, one a line; blank lines are passed over. Raises `NotationError`."""
-        rows, sizes = [], []
+        rows: list[Row] = []
+        sizes: list[SizeLine] = []
         for line in text.splitlines():
             if not line.strip():
                 continue

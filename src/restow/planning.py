@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from restow.boxes import whole
 from restow.checkpoint import Checkpoint
@@ -240,14 +240,17 @@ class _Draft:
     def _held(self, row: Row, source: Module, names: Sequence[str | None]) -> Side:
         full = (whole(shape_of(row, source.sizes)),)
         several = self.source.several
+        if not several:
+            return Side(row, freeze(source.sizes), (full,) * len(names))
         pieces = (pieces_of(self.source.tensors[n]) if n in several else full for n in names)
         return Side(row, freeze(source.sizes), tuple(pieces))
 
     def _moves(self, source: Side, side: Side, take: Take) -> tuple[Move, ...]:
         key = (source, side, take)
-        if key not in self.prepared.known:
-            self.prepared.known[key] = moves(source, side, take)
-        return self.prepared.known[key]
+        found = self.prepared.known.get(key)  # once: such keys take their time to hash
+        if found is None:
+            found = self.prepared.known[key] = moves(source, side, take)
+        return found
 
     def add_plain(self, source_name: str, name: str) -> None:
         """The copies of a tensor outside the experts."""
@@ -324,6 +327,7 @@ def pieces_of(entry: Entry) -> tuple[Runs, ...]:
     return tuple(tuple((run,) for run in piece.box) for piece in entry.pieces)
 
 
+@lru_cache(maxsize=64)
 def plain_row(rank: int) -> Row:
     """A row for a tensor without a layout: one axis a dim."""
     return Row("tensor", (), tuple(Dim((Factor(f"x{i}"),)) for i in range(rank)))

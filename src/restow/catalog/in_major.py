@@ -1,8 +1,8 @@
-"""Families whose vendors ship stacked experts with the input axis before the output axis, as `x @ W` wants them.
+"""Families whose vendors ship stacked experts, the input axis before the output axis, as `x @ W` wants them.
 
-Sources: transformers 5.23 (conversion mapping, models, configs; names, renames and routers by running it on tiny
-models). Where the same names are met in both orders (`fused` and `hf` of qwen3_vl_moe, llama4, gpt_oss), the shapes
-of both projections together tell them apart.
+Sources: transformers 5.23 (conversion mapping, models, configs; names, renames and routers by running it on
+tiny models). Where the same names are met in both orders (`fused` and `hf` of qwen3_vl_moe, llama4, gpt_oss),
+the shapes of both projections together tell them apart.
 """
 
 TABLES = (

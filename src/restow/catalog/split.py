@@ -1,8 +1,8 @@
 """Families whose vendors ship one tensor per expert and projection.
 
-Sources: transformers 5.23 (conversion mapping, models, configs; names, renames and routers by running it on tiny
-models). Config keys behind `|` are those of vendors' own files and of older releases. Multi-token prediction
-blocks lie past the last layer, or below `mtp`.
+Sources: transformers 5.23 (conversion mapping, models, configs; names, renames and routers by running it on
+tiny models). Config keys behind `|` are those of vendors' own files and of older releases. Multi-token
+prediction blocks lie past the last layer, or below `mtp`.
 """
 
 TABLES = (
@@ -86,7 +86,7 @@ TABLES = (
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     """,
     """
-    family    olmoe
+    family    olmoe flex_olmo
     size      e = num_experts|num_local_experts
     size      f = intermediate_size
     size      d = hidden_size
@@ -115,9 +115,9 @@ TABLES = (
     ignore    *.rotary_emb.inv_freq
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     """,
-    # DeepSeek-V3, R1 and V3.1; kimi_k2 is its own model type over DeepSeek-V3's code.
+    # DeepSeek-V3, R1, V3.1 and V3.2; kimi_k2 is a model type of its own over DeepSeek-V3's code.
     """
-    family    deepseek_v3 kimi_k2
+    family    deepseek_v3 deepseek_v32 kimi_k2
     size      e = n_routed_experts|num_local_experts
     size      f = moe_intermediate_size
     size      d = hidden_size
@@ -133,7 +133,7 @@ TABLES = (
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     """,
     """
-    family    glm4_moe
+    family    glm4_moe glm4_moe_lite glm_moe_dsa
     size      e = n_routed_experts|num_local_experts
     size      f = moe_intermediate_size
     size      d = hidden_size

@@ -1,0 +1,365 @@
+"""Loading one MoE layer (128 experts, 2048 x 768, bfloat16, 1.2 GB, one tensor per expert) as a fraction of memcpy.
+
+usage: python bench/load.py [--small] [--save]
+
+CPU, warm page cache, every destination touched before: what is measured is neither the disk nor the first touch of
+memory. All ways take turns, each beside a memcpy of the same bytes (as many Python threads, one `copy_` each, into
+touched memory), and its ratio is the median over the rounds. Destinations are filled with -1 before each run, and
+compared whole with what `safetensors` itself reads after the last. Ways that bring their own memory get it
+from an allocator that keeps it, so that they do not pay for first touches either.
+
+    restow grouped              restow.load into [E, d, 2f] and [E, f, d]: every matrix is transposed on the way
+    restow fused                restow.load into [E, 2f, d] and [E, d, f]: the order of the files
+    restow grouped, file order  restow.load into the grouped shapes over memory in the order of the files
+    restow grouped, float32     the first, cast to float32
+    nemo                        load_file of each shard, then NeMo AutoModel's MoESplitExpertsStateDictMixin
+    dcp                         torch's HuggingFaceStorageReader into strided views of the grouped tensors, one per expert
+    transformers                from_pretrained of a model of one layer: fused
+    load_file                   safetensors.torch.load_file, which maps, and copies from it into the fused tensors
+
+Extra memory is the peak of a process's own memory (RssAnon) over what it had once its destination was touched, in a
+process per way. Exits 1 if a bar is missed or a peer cannot be measured. `--save` writes bench/results/load.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from _common import child, machine, status, table, verdicts
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+MIB = 2**20
+FULL = {"e": 128, "d": 2048, "f": 768}
+SMALL = {"e": 8, "d": 512, "f": 192}
+SHARDS = 4
+LAYER = "model.layers.0"
+EXPERTS = f"{LAYER}.mlp.experts"
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 36), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Case(NamedTuple):
+    """A checkpoint and its sizes."""
+
+    path: str
+    e: int
+    d: int
+    f: int
+
+
+def others(case: Case) -> Mapping[str, tuple[int, ...]]:
+    """The tensors that a model of one layer has besides its experts: small ones."""
+    names = {f"{LAYER}.self_attn.{p}_proj.weight": (64, case.d) for p in "qkv"}
+    names |= {f"{LAYER}.self_attn.{p}_norm.weight": (64,) for p in "qk"}
+    names |= {f"{LAYER}.self_attn.o_proj.weight": (case.d, 64), f"{LAYER}.mlp.gate.weight": (case.e, case.d)}
+    names |= {f"{LAYER}.{p}_layernorm.weight": (case.d,) for p in ("input", "post_attention")}
+    return names | {"model.embed_tokens.weight": (32, case.d), "model.norm.weight": (case.d,), "lm_head.weight": (32, case.d)}
+
+
+def write(folder: Path, sizes: Mapping[str, int]) -> Case:
+    """Write the checkpoint, as qwen3_moe spells it; random bits that are all finite."""
+    case = Case(str(folder), **sizes)
+    rng = torch.Generator().manual_seed(7)
+    index, total = {}, 0
+
+    def noise(*shape: int) -> torch.Tensor:
+        bits = torch.randint(-(2**15), 2**15, shape, generator=rng, dtype=torch.int32).to(torch.int16)
+        return (bits & -0x4001).view(torch.bfloat16)  # never the exponent of infinities and NaN
+
+    for shard in range(SHARDS + 1):
+        tensors = {}
+        for expert in range(shard * case.e // SHARDS, (shard + 1) * case.e // SHARDS) if shard < SHARDS else ():
+            tensors[f"{EXPERTS}.{expert}.down_proj.weight"] = noise(case.d, case.f)
+            for p in ("gate", "up"):
+                tensors[f"{EXPERTS}.{expert}.{p}_proj.weight"] = noise(case.f, case.d)
+        if shard == SHARDS:
+            tensors = {name: noise(*shape) for name, shape in others(case).items()}
+        file = f"model-{shard + 1:05}-of-{SHARDS + 1:05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+        total += sum(t.nbytes for t in tensors.values())
+    listing = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listing))
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": case.e,
+        "moe_intermediate_size": case.f, "hidden_size": case.d, "num_hidden_layers": 1, "vocab_size": 32,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64, "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": False, "dtype": "bfloat16",
+        "intermediate_size": case.f, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return case
+
+
+def shards(case: Case) -> list[Path]:
+    return sorted(Path(case.path).glob("*.safetensors"))
+
+
+class Room:
+    """Memory for one destination at a time, touched when it is made and used again by every way."""
+
+    def __init__(self, size: int) -> None:
+        self.bytes = torch.ones(size, dtype=torch.uint8)
+
+    def tensors(self, kind: str, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `in` and the `out` tensor of a kind of destination, all elements -1."""
+        e, d, f = case.e, case.d, case.f
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        files = kind in ("fused", "file order")
+        shapes = [(e, 2 * f, d), (e, d, f)] if files else [(e, d, 2 * f), (e, f, d)]
+        cut = [e * 2 * f * d * dtype.itemsize, e * d * f * dtype.itemsize]
+        both = self.bytes[: sum(cut)].view(dtype).fill_(-1)
+        found = [part.view(shape) for part, shape in zip(both.split([n // dtype.itemsize for n in cut]), shapes, strict=True)]
+        return tuple(t.transpose(1, 2) for t in found) if kind == "file order" else tuple(found)  # type: ignore[return-value]
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Way = Callable[[Case, Pair, int], Pair]
+
+
+def restow_load(names: tuple[str, str]) -> Way:
+    def load(case: Case, room: Pair, threads: int) -> Pair:
+        import restow
+
+        into = {f"{EXPERTS}.{name}": t for name, t in zip(names, room, strict=True)}
+        into |= {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in others(case).items()}
+        restow.load(case.path, into, threads=threads)
+        return room
+
+    return load
+
+
+GROUPED, FUSED = ("gate_and_up_projs", "down_projs"), ("gate_up_proj", "down_proj")
+
+
+def nemo(case: Case, room: Pair, threads: int) -> Pair:
+    from nemo_automodel.components.moe.state_dict_mixin import MoESplitExpertsStateDictMixin
+
+    class Adapter(MoESplitExpertsStateDictMixin):
+        config, dtype, _uses_model_prefix = SimpleNamespace(), torch.bfloat16, True
+        moe_config = SimpleNamespace(n_routed_experts=case.e, moe_inter_dim=case.f, dim=case.d, expert_bias=False,
+                                     expert_activation="swiglu")  # fmt: skip
+        backend = SimpleNamespace(dispatcher="torch", experts="torch_mm")
+
+    torch.set_num_threads(threads)
+    state: Tensors = {}
+    for shard in shards(case):
+        state |= load_file(shard)
+    native = Adapter()._from_hf_w_merged_experts(state)
+    return native[f"{EXPERTS}.gate_and_up_projs"], native[f"{EXPERTS}.down_projs"]
+
+
+def dcp(case: Case, room: Pair, threads: int) -> Pair:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    torch.set_num_threads(1)
+    both, down = room
+    state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in others(case).items()}
+    for expert in range(case.e):
+        state[f"{EXPERTS}.{expert}.gate_proj.weight"] = both[expert, :, : case.f].t()
+        state[f"{EXPERTS}.{expert}.up_proj.weight"] = both[expert, :, case.f :].t()
+        state[f"{EXPERTS}.{expert}.down_proj.weight"] = down[expert].t()
+    load(state, storage_reader=HuggingFaceStorageReader(case.path, thread_count=threads), no_dist=True)
+    return room
+
+
+def transformers(case: Case, room: Pair, threads: int) -> Pair:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(case.path, dtype=torch.bfloat16)
+    experts = model.get_submodule(EXPERTS)
+    return experts.gate_up_proj.detach(), experts.down_proj.detach()
+
+
+def plain(case: Case, room: Pair, threads: int) -> Pair:
+    """`load_file` maps the files: the bytes move when they are copied, here into the fused tensors."""
+    torch.set_num_threads(1)
+    both, down = room
+    for shard in shards(case):
+        for name, tensor in load_file(shard).items():
+            if not name.startswith(EXPERTS):
+                continue
+            number, word = name[len(EXPERTS) + 1 :].split(".")[:2]
+            half = slice(case.f) if word == "gate_proj" else slice(case.f, None)
+            (down[int(number)] if word == "down_proj" else both[int(number), half]).copy_(tensor)
+    return room
+
+
+WAYS: Mapping[str, tuple[str, Way]] = {
+    "restow grouped": ("grouped", restow_load(GROUPED)),
+    "restow fused": ("fused", restow_load(FUSED)),
+    "restow grouped, file order": ("file order", restow_load(GROUPED)),
+    "restow grouped, float32": ("float32", restow_load(GROUPED)),
+    "nemo": ("grouped", nemo),
+    "dcp": ("grouped", dcp),
+    "transformers": ("fused", transformers),
+    "load_file": ("fused", plain),
+}
+OURS = [name for name in WAYS if name.startswith("restow")]
+FILE_ORDER = ("restow fused", "restow grouped, file order")
+
+
+def check(case: Case, name: str, kind: str, found: Pair) -> None:
+    """Every element against the files, as safetensors reads them."""
+    both, down = (t if kind == "fused" else t.transpose(1, 2) for t in found)
+    seen = 0
+    for shard in shards(case):
+        with safe_open(shard, "pt") as file:
+            for tensor in file.keys():  # noqa: SIM118 - no mapping
+                if not tensor.startswith(EXPERTS):
+                    continue
+                number, word = tensor[len(EXPERTS) + 1 :].split(".")[:2]
+                half = slice(case.f) if word == "gate_proj" else slice(case.f, None)
+                got = down[int(number)] if word == "down_proj" else both[int(number), half]
+                want = file.get_tensor(tensor).to(got.dtype)
+                width = torch.int16 if want.element_size() == 2 else torch.int32
+                if not torch.equal(got.contiguous().view(width), want.view(width)):
+                    raise SystemExit(f"{name}: {tensor} differs from the file")
+                seen += 1
+    assert seen == 3 * case.e
+
+
+def memcpy(source: torch.Tensor, target: torch.Tensor, threads: int) -> float:
+    """Seconds that `threads` Python threads take to copy all bytes, a part each."""
+    torch.set_num_threads(1)
+    pairs = list(zip(target.chunk(threads), source.chunk(threads), strict=True))
+    start = time.perf_counter()
+    pool = [threading.Thread(target=to.copy_, args=(part,)) for to, part in pairs]
+    for thread in pool:
+        thread.start()
+    for thread in pool:
+        thread.join()
+    return time.perf_counter() - start
+
+
+def quiet() -> contextlib.AbstractContextManager[object]:
+    return contextlib.redirect_stderr(io.StringIO())
+
+
+def times(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """By "way threads": the seconds of each round, and those of the memcpy beside it."""
+    size = 3 * case.e * case.d * case.f * 2
+    room, source = Room(2 * size), torch.ones(size, dtype=torch.uint8)
+    found: dict[str, dict[str, list[float]]] = {}
+    for turn in range(-1, rounds):
+        for threads in (1, 2):
+            for name, (kind, way) in WAYS.items():
+                pair = room.tensors(kind, case)
+                start = time.perf_counter()
+                with quiet():
+                    got = way(case, pair, threads)
+                took = time.perf_counter() - start
+                if turn in (-1, rounds - 1):
+                    check(case, name, kind, got)
+                del got, pair
+                copied = memcpy(source, room.bytes[:size], threads)
+                if turn >= 0:
+                    line = found.setdefault(f"{name} {threads}", {"seconds": [], "memcpy": []})
+                    line["seconds"].append(took)
+                    line["memcpy"].append(copied)
+    return found
+
+
+def memory(case: Case, name: str) -> dict[str, float]:
+    """The peak of one way's own memory over what was there once its destination was touched, in bytes."""
+    import restow
+
+    assert restow.load
+    kind, way = WAYS[name]
+    size = 3 * case.e * case.d * case.f * (4 if kind == "float32" else 2)
+    pair = Room(size).tensors(kind, case)
+    if name == "transformers":  # its imports are no part of its load
+        import transformers.models.qwen3_moe.modeling_qwen3_moe
+    if name == "nemo":
+        import nemo_automodel.components.moe.experts
+        import nemo_automodel.components.moe.state_dict_mixin
+    if name == "dcp":
+        import torch.distributed.checkpoint  # noqa: F401
+    before = peak = status("RssAnon")
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, status("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    with quiet():
+        got = way(case, pair, 2)
+    peak = max(peak, status("RssAnon"))
+    done.set()
+    thread.join()
+    check(case, name, kind, got)
+    return {"bytes": peak - before}
+
+
+def main(small: bool, save: bool) -> int:
+    with tempfile.TemporaryDirectory(prefix="restow-bench-") as folder:
+        case = write(Path(folder), SMALL if small else FULL)
+        size = 3 * case.e * case.d * case.f * 2
+        taken = child(__file__, "--mode", "times", *case, 2 if small else 7, env=ALLOCATOR)
+        extra = {name: float(str(child(__file__, "--mode", "memory", *case, name)["bytes"])) for name in WAYS}
+    ratios, rows = {}, []
+    for name in WAYS:
+        line: list[object] = [name]
+        for threads in (2, 1):
+            found = taken[f"{name} {threads}"]
+            assert isinstance(found, dict)
+            pairs = list(zip(found["memcpy"], found["seconds"], strict=True))
+            ratio = ratios[name, threads] = statistics.median(copied / took for copied, took in pairs)
+            line += [f"{size / statistics.median(found['seconds']) / 1e9:.2f}", f"{ratio:.3f}"]
+        rows.append([*line, f"{extra[name] / MIB:,.0f}"])
+    copied = [statistics.median(t for k, v in taken.items() if k.endswith(f" {n}") for t in v["memcpy"]) for n in (2, 1)]
+    rows.insert(0, ["memcpy", *(x for s in copied for x in (f"{size / s / 1e9:.2f}", "1")), ""])
+    head = ["", "GB/s, 2 threads", "of memcpy", "GB/s, 1 thread", "of memcpy", "extra MiB"]
+    packed = ratios["restow grouped", 2]
+    bars = [
+        ("restow grouped, of memcpy", packed, ">=", 0.2),
+        ("restow grouped, times nemo", packed / ratios["nemo", 2], ">=", 4),
+        ("restow grouped, times dcp", packed / ratios["dcp", 2], ">=", 2),
+        *((f"{name}, of memcpy", ratios[name, 2], ">=", 0.8) for name in FILE_ORDER),
+        *((f"{name}, extra MiB", extra[name] / MIB, "<=", 64) for name in OURS),
+    ]
+    lines, good = verdicts(bars)
+    what = f"# {machine()}\n\n{size / 1e9:.2f} GB: {case.e} experts, d = {case.d}, f = {case.f}, bfloat16"
+    text = f"{what}; GB/s are of the source\n\n{table(head, rows)}\n\n" + "\n".join(lines)
+    print(text)
+    if save:
+        (Path(__file__).parent / "results" / "load.md").write_text(text + "\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--mode", choices=["times", "memory"])
+    parser.add_argument("rest", nargs="*")
+    options = parser.parse_args()
+    if options.mode:
+        path, e, d, f, last = options.rest
+        here = Case(path, int(e), int(d), int(f))
+        print(json.dumps(times(here, int(last)) if options.mode == "times" else memory(here, last)))
+        sys.exit(0)
+    assert os.name == "posix"
+    sys.exit(main(options.small, options.save))

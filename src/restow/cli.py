@@ -1,0 +1,153 @@
+"""The command line, `restow` and `python -m restow`: options in, one `Answer` out. Each verb is a few lines.
+
+Options are judged here and nothing else is: a verb calls the library and renders what it gave. Exit codes are
+those of `terminal`. Imports stand inside the verbs, so that `inspect` needs neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from restow.errors import UsageError
+from restow.terminal import Answer, run, signals
+
+if TYPE_CHECKING:
+    from restow.checkpoint import Checkpoint
+    from restow.layout import Layout
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Re-stow the weights of Mixture-of-Experts models between checkpoint layouts and memory layouts.",
+)
+
+PathArgument = Annotated[
+    str, typer.Argument(metavar="PATH", help="A checkpoint's folder, or one safetensors file.")
+]
+LayoutOption = Annotated[
+    str | None, typer.Option(metavar="NAME|@FILE", help="A layout's name, or a file with its rows.")
+]
+FamilyOption = Annotated[
+    str | None, typer.Option(metavar="MODEL_TYPE", help="The family, where config.json does not say it.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
+StrictOption = Annotated[bool, typer.Option(help="Refuse what would only be a warning.")]
+DebugOption = Annotated[bool, typer.Option(help="Show a traceback with an error.")]
+
+
+def verb(function: Callable[..., Answer]) -> Callable[..., None]:
+    """A function that answers as a command: its answer is shown, its failures become exit codes."""
+
+    @functools.wraps(function)
+    def command(**options: Any) -> None:
+        shown = {"as_json": options.get("json_", False), "debug": options.pop("debug", False)}
+        raise typer.Exit(run(lambda: function(**options), **shown))
+
+    app.command(name=function.__name__)(command)
+    return command
+
+
+@verb
+def inspect(
+    path: PathArgument,
+    layout: LayoutOption = None,
+    family: FamilyOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """Show what a checkpoint holds: family, sizes, experts and their layouts, problems."""
+    from restow.explain import inspection
+    from restow.opening import open_checkpoint
+
+    return inspection(open_checkpoint(path, layout=layout_option(layout), family=family), strict=strict)
+
+
+@verb
+def plan(
+    path: PathArgument,
+    ep: Annotated[int, typer.Option(min=1, max=1 << 20, help="Parts of the experts.")] = 1,
+    ep_shard: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="Parts of the next dim of every expert tensor.")
+    ] = 1,
+    layout: LayoutOption = None,
+    family: FamilyOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """Show what every rank of an expert-parallel mesh would read; the layout is the model's (grouped)."""
+    from restow.explain_plan import rank_plans
+    from restow.landing import layout_of
+    from restow.opening import open_checkpoint
+    from restow.ranks import free_layouts, rank_figures
+
+    opened = open_checkpoint(path, family=family)
+    refuse_warnings(opened, strict)
+    wanted = layout_option(layout) or "grouped"
+    to = layout_of(wanted, opened.family)
+    assert to is not None
+    ranks = [rank_figures(opened, to, ep=ep, ep_shard=ep_shard, rank=rank) for rank in range(ep * ep_shard)]
+    name = wanted if isinstance(wanted, str) else str(layout)
+    return rank_plans(opened, to, name, ranks, (ep, ep_shard), free_layouts(opened))
+
+
+@verb
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the checkpoint and what was loaded here.")
+    ] = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """Make a small checkpoint, load it whole and on two ranks, check every value, and show one refusal."""
+    from restow.torch.demo import demonstrate
+
+    return demonstrate(keep)
+
+
+def layout_option(text: str | None) -> str | Layout | None:
+    """A layout's name as it is; `@file` as the layout that the file holds."""
+    if text is None or not text.startswith("@"):
+        return text
+    from restow.layout import Layout
+
+    try:
+        return Layout.parse(Path(text[1:]).read_text(encoding="ascii"))
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else "text that is not ASCII"
+        raise UsageError("a file with a layout's rows after '@'", f"{what}", path=text[1:]) from error
+
+
+def refuse_warnings(opened: Checkpoint, strict: bool) -> None:
+    """Under `--strict` a warning is raised as what it says."""
+    from restow.problems import merged
+
+    warnings = [problem.error for problem in opened.problems if not problem.fatal]
+    if strict and warnings:
+        raise merged(warnings)
+
+
+@app.callback(invoke_without_command=True)
+def program(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
+) -> None:
+    if version:
+        from restow import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The command `restow`."""
+    with signals():
+        sys.exit(app(prog_name="restow"))

@@ -1,0 +1,146 @@
+"""What a verb of the command line hands back, how it is shown, and which exit code a failure has.
+
+An `Answer` is one value with two faces: `data` for `--json`, `lines` for people. Text is plain ASCII and never cut
+or wrapped; on a terminal, and only there, rich colours it. It rejects nothing, and knows no tensors or layouts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple, TextIO
+
+from restow.errors import DestinationError, RestowError, UsageError
+
+DONE, BAD_INPUT, USAGE, MACHINE, DIFFERENT, PIPE = 0, 1, 2, 3, 4, 128 + 13
+
+
+class Line(NamedTuple):
+    """A line of text and what it is: "", "head", "good", "warn" or "bad"."""
+
+    text: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a verb says, and its exit code.
+
+    `lines` may come one by one, as the work is done; `data` is complete once they all came.
+    """
+
+    data: Mapping[str, Any]
+    lines: Iterable[Line] = field(default=())
+    code: int = DONE
+
+
+class Signalled(BaseException):
+    """SIGTERM or SIGHUP, as an exception: so that what was begun is cleaned up on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise `Signalled`; one that was ignored (nohup) stays so."""
+
+    def raise_it(number: int, frame: object) -> None:
+        raise Signalled(number)
+
+    caught = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {number: signal.signal(number, raise_it) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(verb: Callable[[], Answer], *, as_json: bool = False, debug: bool = False) -> int:
+    """Do `verb`, show its answer, give the exit code. Failures on purpose are shown; others are defects."""
+    try:
+        answer = verb()
+        for line in answer.lines:
+            if not as_json:
+                say(line)
+        if as_json:
+            show_json(answer.data)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader had enough (`| head`): nothing to tell, and nobody to tell it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE
+    except (RestowError, OSError, MemoryError, KeyboardInterrupt, Signalled) as error:
+        if debug:
+            traceback.print_exc()
+        elif not isinstance(error, KeyboardInterrupt | Signalled):
+            print(failure_text(error), file=sys.stderr)
+        if as_json and isinstance(error, Exception):
+            show_json({"error": failure(error)})
+        return code_of(error)
+    return answer.code
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a failure: 1 input, 2 usage, 3 the destination or the machine, 128 + n a signal."""
+    if isinstance(error, Signalled):
+        return 128 + error.number
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, UsageError):
+        return USAGE
+    return MACHINE if isinstance(error, DestinationError | OSError | MemoryError) else BAD_INPUT
+
+
+def failure_text(error: BaseException) -> str:
+    """`restow.errors.Class: text`, as Python itself would end a traceback, in ASCII."""
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    text = str(error).encode("ascii", "backslashreplace").decode()
+    return f"{name}: {text}" if text else name
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """A failure as plain values."""
+    known = {n: getattr(error, n, None) for n in ("expected", "found", "tensor", "path", "hint", "rank")}
+    kind = failure_text(error).partition(":")[0]
+    return {"class": kind, "text": str(error), **{n: v for n, v in known.items() if v not in (None, "")}}
+
+
+def show_json(data: Mapping[str, Any]) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def say(line: Line) -> None:
+    """One line on stdout."""
+    if _coloured(sys.stdout):
+        console, text = _rich()
+        console.print(text(line.text, style=_STYLES.get(line.kind, "")), soft_wrap=True)
+    else:
+        sys.stdout.write(line.text + "\n")
+        sys.stdout.flush()
+
+
+_STYLES = {"head": "bold", "good": "green", "warn": "yellow", "bad": "red"}
+
+
+def _coloured(stream: TextIO) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+@cache
+def _rich() -> tuple[Any, Any]:
+    from rich.console import Console  # 60 ms that a pipe need not pay
+    from rich.text import Text
+
+    return Console(highlight=False), Text
