@@ -19,6 +19,7 @@ from restow.landing import Wish
 from restow.planning import make_plan
 from restow.plans import Plan
 from restow.targets import Shard, Target
+from restow.torch.load import as_checkpoint
 
 SMALL = Model(dtype=torch.int64)  # its elements are numbers of their own, which numpy can hold
 FORMS = ["split", "fused", "grouped", "stacked", "torchtitan", "epfd", "megatron", "megatron_sequential", "mlx"]
@@ -132,7 +133,7 @@ def test_1024_ranks_of_an_expert_mesh() -> None:
     """64 ranks along e, 16 along the second dim: what `[Shard(0), Shard(1)]` on (64, 16) holds."""
     model = Model(e=64, f=2, d=32, layers=1, dtype=torch.int64)
     have, want = model.spelled("split", others=False), model.spelled("grouped", others=False)
-    source = restow.open_mapping(have) if hasattr(restow, "open_mapping") else as_checkpoint(have)
+    source = as_checkpoint(have, restow.families["qwen3_moe"])
     seen = {name: np.zeros(t.shape, np.int64) for name, t in want.items()}
     total = 0
     for rank in range(1024):
@@ -151,12 +152,6 @@ def test_1024_ranks_of_an_expert_mesh() -> None:
                 seen[target.name][place] += 1
     assert all((count == 1).all() for count in seen.values())
     assert total >= sum(t.nbytes for t in have.values())
-
-
-def as_checkpoint(tensors: Tensors) -> restow.Checkpoint:
-    from restow.torch.load import as_checkpoint
-
-    return as_checkpoint(tensors, restow.families["qwen3_moe"])
 
 
 def chunk(length: int, rank: int, of: int) -> tuple[Run, ...]:

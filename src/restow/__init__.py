@@ -22,18 +22,25 @@ if _TYPE_CHECKING:
     from restow.opening import open_checkpoint as open
     from restow.plans import Plan as Plan
     from restow.targets import Shard as Shard
+    from restow.torch.convert import ConvertReport as ConvertReport
+    from restow.torch.convert import convert as convert
     from restow.torch.load import LoadReport as LoadReport
     from restow.torch.load import load as load
     from restow.torch.load import plan as plan
     from restow.torch.relayout import relayout as relayout
+    from restow.torch.verify import VerifyReport as VerifyReport
+    from restow.torch.verify import verify as verify
 
 _PLACES = {
     "Checkpoint": ("restow.checkpoint", "Checkpoint"),
+    "ConvertReport": ("restow.torch.convert", "ConvertReport"),
     "Family": ("restow.family", "Family"),
     "Layout": ("restow.layout", "Layout"),
     "LoadReport": ("restow.torch.load", "LoadReport"),
     "Plan": ("restow.plans", "Plan"),
     "Shard": ("restow.targets", "Shard"),
+    "VerifyReport": ("restow.torch.verify", "VerifyReport"),
+    "convert": ("restow.torch.convert", "convert"),
     "errors": ("restow.errors", ""),
     "families": ("restow.known", "FAMILIES"),
     "layouts": ("restow.named", "GENERAL"),
@@ -41,11 +48,12 @@ _PLACES = {
     "open": ("restow.opening", "open_checkpoint"),
     "plan": ("restow.torch.load", "plan"),
     "relayout": ("restow.torch.relayout", "relayout"),
+    "verify": ("restow.torch.verify", "verify"),
 }
 
 __all__ = [
-    "open", "plan", "load", "relayout", "Checkpoint", "Plan", "LoadReport", "Layout", "Family", "Shard", "layouts",
-    "families", "errors",
+    "open", "plan", "load", "relayout", "convert", "verify", "Checkpoint", "Plan", "LoadReport", "ConvertReport",
+    "VerifyReport", "Layout", "Family", "Shard", "layouts", "families", "errors",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

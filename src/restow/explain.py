@@ -1,6 +1,6 @@
 """What a checkpoint looks like to people, and the same as plain values for programs.
 
-An `Answer` has aligned ASCII lines and a JSON document with the same facts. Nothing is found out here: that is
+An `Answer` has aligned ASCII lines and a JSON document with the same facts. Nothing is found out here: that is for
 `opening`. It rejects nothing.
 """
 

@@ -1,4 +1,4 @@
-"""What the plans of all ranks look like to people, and the same as plain values for programs. It rejects nothing."""
+"""What the plans of all ranks look like to people, and the same as plain values for programs. Rejects nothing."""
 
 from __future__ import annotations
 

@@ -110,6 +110,13 @@ class Family:
                 return path[: -len(container)].rstrip(".")
         return path
 
+    def key_of(self, axis: str, config: Mapping[str, object]) -> str:
+        """The config's key that gives an axis its size: the first that is there, for people to look at."""
+        terms = [term for line in self.sizes if line.key == axis for term in line.terms]
+        paths = [path.lstrip("#") for term in terms for path in term.split("|")]
+        parts = (config, config.get("text_config"))
+        return next((p for p in paths if any(_lookup(part, p) is not None for part in parts)), axis)
+
     def read_sizes(self, config: Mapping[str, object]) -> dict[str, int]:
         """Sizes by axis from a config. Raises `ConfigError` for what is no size; absent paths give no size."""
         found = {}

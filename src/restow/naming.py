@@ -47,7 +47,8 @@ def _by_table(name: str, table: Mapping[str, str | None]) -> str | None:
     if to is None:
         return None
     parts = to.split("{}")
-    return "".join(part + number for part, number in zip(parts, [*numbers, *[""] * len(parts)], strict=False))
+    taken = numbers[: len(parts) - 1]  # the expert's number has no place where experts are stacked
+    return "".join(part + number for part, number in zip(parts, [*taken, *[""] * len(parts)], strict=False))
 
 
 def fits(pattern: str, name: str, sizes: Mapping[str, int]) -> bool:

@@ -104,7 +104,7 @@ def prepare(source: Checkpoint, targets: Sequence[Target], wish: Wish) -> Prepar
         for place, name in enumerate(names)
         if name is not None
     }
-    plain = _pair_others(source, [name for name in by_name if name not in owners], wish)
+    plain = pair_others(source, [name for name in by_name if name not in owners], wish)
     return Prepared(
         source, by_name, wish, found.modules, pair_modules(source, found.modules, wish), owners, plain
     )
@@ -174,7 +174,7 @@ def _called(module: Module) -> str:
     return "/".join(module.names)
 
 
-def _pair_others(source: Checkpoint, names: Sequence[str], wish: Wish) -> dict[str, str]:
+def pair_others(source: Checkpoint, names: Sequence[str], wish: Wish) -> dict[str, str]:
     """Targets outside the experts -> source tensors: by the renamed name, else by the family's hub and runtime names.
 
     Raises `AmbiguousTensorError` where two tensors of the source have one name there.
@@ -352,4 +352,4 @@ def _lost_error(source: Module, row: Row, lost: Sequence[int]) -> MissingTensorE
     )
 
 
-__all__ = ["Prepared", "default_targets", "make_plan", "plan_of", "prepare", "raise_fatal"]
+__all__ = ["Prepared", "default_targets", "make_plan", "pair_others", "plan_of", "prepare", "raise_fatal"]

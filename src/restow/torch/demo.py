@@ -7,6 +7,7 @@ port and about 1 GB of memory, and leaves nothing behind unless asked. Raises `I
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -22,12 +23,13 @@ from safetensors.torch import save_file
 from restow.checkpoint import Checkpoint
 from restow.errors import DestinationExistsError, IntegrityError, PeerFailedError, RestowError, show
 from restow.layout import rows_text
+from restow.named import GENERAL
 from restow.opening import open_checkpoint
 from restow.terminal import Answer, Line, failure, failure_text
-from restow.torch import demo_model
-from restow.torch.load import load, plan
+from restow.torch import demo_model as m
+from restow.torch.load import LoadReport, load, plan
 from restow.torch.read import default_threads
-from restow.wording import amount, field
+from restow.wording import MARGIN, amount, field
 
 WORLD = 2
 TIMES = 3  # a load and a copy are timed so often, the best counts
@@ -68,49 +70,66 @@ def _kept() -> list[str]:
 
 
 def _on_disk(folder: Path, data: dict[str, Any]) -> Iterator[Line]:
-    m = demo_model
     size = m.write_checkpoint(folder)
     opened = open_checkpoint(folder)
     module = next(iter(opened.modules.values()))
     data["checkpoint"] = {
-        "bytes": size,
-        "tensors": len(opened.tensors),
-        "files": m.FILES,
-        "layout": module.names,
-    }
-    yield Line(f"A Qwen3-MoE of {m.LAYERS} layers x {m.EXPERTS} experts, {amount(size)} in bfloat16. Every value follows "
-               "from its name and place.", "head")  # fmt: skip
+        "bytes": size, "tensors": len(opened.tensors), "files": m.FILES, "layout": module.names[-1]
+    }  # fmt: skip
+    made = f"A Qwen3-MoE of {m.LAYERS} layers x {m.EXPERTS} experts, {amount(size)} in bfloat16"
+    yield Line(f"{made}; every value follows from its name and place", "head")
     yield Line()
-    yield field("on disk", f"{len(opened.tensors)} tensors in {m.FILES} files, one per expert and projection: the layout "
-                f"'{module.names[-1]}'")  # fmt: skip
+    text = f"{len(opened.tensors)} tensors in {m.FILES} files, one per expert and projection: the layout"
+    yield field("on disk", f"{text} '{module.names[-1]}'")
     yield from _rows(rows_text(module.layout), (m.INNER, m.WIDTH), (m.WIDTH, m.INNER))
+    text = f"{len(m.loaded_shapes())} tensors, two per layer for all its experts: the layout 'grouped'"
+    yield field("in memory", text)
+    shapes = (m.EXPERTS, m.WIDTH, 2 * m.INNER), (m.EXPERTS, m.INNER, m.WIDTH)
+    yield from _rows(rows_text(GENERAL["grouped"]), *shapes)
 
 
 def _rows(rows: tuple[str, ...], *shapes: tuple[int, ...]) -> Iterator[Line]:
     wide = max(map(len, rows))
     for row, shape in zip(rows, shapes, strict=True):
-        yield Line(f"{'':13}{row:<{wide}}   {list(shape)}")
+        yield Line(f"{MARGIN}{row:<{wide}}   {list(shape)}")
 
 
 def _one_process(work: Path, keep: bool, data: dict[str, Any]) -> Iterator[Line]:
-    m = demo_model
-    model = {n: torch.zeros(shape, dtype=torch.bfloat16) for n, shape in m.loaded_shapes().items()}
+    model = _zeros("grouped")
     started = time.perf_counter()
     opened = open_checkpoint(work / "checkpoint")
     made = plan(opened, model)
     planned = time.perf_counter() - started
-    from restow.named import GENERAL
-
-    yield field(
-        "in memory", f"{len(model)} tensors, two per layer for all experts: the layout '{made.layouts[0][2]}'"
-    )
-    yield from _rows(
-        rows_text(GENERAL["grouped"]), (m.EXPERTS, m.WIDTH, 2 * m.INNER), (m.EXPERTS, m.INNER, m.WIDTH)
-    )
     yield Line()
-    yield Line("restow.load(checkpoint, model): one process", "head")
-    yield field("plan", f"{made.bytes:,} bytes in {len(made.reads)} reads, made in {planned:.3f} s from headers alone; each "
-                "element once, proved")  # fmt: skip
+    yield Line("restow.load(checkpoint, model), in one process", "head")
+    text = f"{made.bytes:,} bytes in {len(made.reads)} reads; every element written once: proved"
+    yield field("plan", f"{text} from the headers in {planned:.3f} s")
+    seconds, report = _timed(opened, model)
+    memcpy = _memcpy_seconds(report.bytes_written)
+    yield field("loaded", _rate(report.bytes_read, seconds, memcpy))
+    yield _checked(m.compared(model))
+    if keep:
+        save_file(model, work / "single.safetensors")
+    del model
+    fused = _zeros("fused")
+    straight, _ = _timed(opened, fused)
+    yield field("fused", _rate(report.bytes_read, straight, memcpy) + ", in the files' own order")
+    yield _checked(m.compared(fused))
+    how = f"best of {TIMES}, {default_threads()} threads for each; files in the page cache, memory touched before"
+    yield field("measured", how)
+    data["single"] = {
+        "planned_bytes": made.bytes, "reads": len(made.reads), "read_bytes": report.bytes_read,
+        "written_bytes": report.bytes_written, "in_place": len(report.in_place), "seconds": seconds,
+        "fused_seconds": straight, "memcpy_seconds": memcpy, "plan_seconds": planned,
+        "checked": sum(tensor.numel() for tensor in fused.values()),
+    }  # fmt: skip
+
+
+def _zeros(layout: str) -> dict[str, torch.Tensor]:
+    return {n: torch.zeros(shape, dtype=torch.bfloat16) for n, shape in m.loaded_shapes(layout).items()}
+
+
+def _timed(opened: Checkpoint, model: Mapping[str, torch.Tensor]) -> tuple[float, LoadReport]:
     best, report = float("inf"), None
     for _ in range(TIMES):
         for tensor in model.values():
@@ -119,37 +138,30 @@ def _one_process(work: Path, keep: bool, data: dict[str, Any]) -> Iterator[Line]
         report = load(opened, model)
         best = min(best, time.perf_counter() - started)
     assert report is not None
-    memcpy = _memcpy_seconds(report.bytes_written)
-    rate, copy_rate = report.bytes_read / best / 1e9, report.bytes_written / memcpy / 1e9
-    yield field("loaded", f"{amount(report.bytes_read)} in {best:.3f} s: {rate:.2f} GB/s, {rate / copy_rate:.2f} of memcpy "
-                f"({copy_rate:.2f} GB/s)")  # fmt: skip
-    yield Line(
-        f"{'':13}same run, {default_threads()} threads, best of {TIMES}; files in the page cache, memory touched before"
-    )
-    yield _checked(model, data)
-    data["single"] = {
-        "planned_bytes": made.bytes, "reads": len(made.reads), "read_bytes": report.bytes_read,
-        "written_bytes": report.bytes_written, "in_place": len(report.in_place), "seconds": best,
-        "gb_per_second": rate, "memcpy_gb_per_second": copy_rate,
-    }  # fmt: skip
-    if keep:
-        save_file(model, work / "single.safetensors")
+    return best, report
 
 
-def _checked(model: Mapping[str, torch.Tensor], data: dict[str, Any]) -> Line:
-    count, wrong = demo_model.compared(model)
+def _rate(count: int, seconds: float, memcpy: float) -> str:
+    rate = f"{amount(count)} in {seconds:.3f} s, {count / seconds / 1e9:.2f} GB/s"
+    return f"{rate}: {memcpy / seconds:.2f} of memcpy ({count / memcpy / 1e9:.2f} GB/s)"
+
+
+def _checked(result: tuple[int, list[str]]) -> Line:
+    count, wrong = result
     _judge(wrong)
-    data["checked"] = count
-    return Line(
-        field("checked", f"{count:,} values, each against its own name and place: all right").text, "good"
-    )
+    text = f"{count:,} values, each against its own name and place: all right"
+    return Line(field("checked", text).text, "good")
 
 
 def _judge(wrong: list[str]) -> None:
     if wrong:
-        hint = "this is a defect of restow: please report it"
-        raise IntegrityError("values that follow from names and places", f"others in {len(wrong)} tensors",
-                             tensor=wrong[0], sections=[("tensors", map(show, wrong))], hint=hint)  # fmt: skip
+        raise IntegrityError(
+            "values that follow from names and places",
+            f"others in {len(wrong)} tensors",
+            tensor=wrong[0],
+            sections=[("tensors", map(show, wrong))],
+            hint="this is a defect of restow: please report it",
+        )
 
 
 def _memcpy_seconds(size: int) -> float:
@@ -177,24 +189,21 @@ def _memcpy_seconds(size: int) -> float:
 
 def _two_ranks(work: Path, keep: bool, data: dict[str, Any]) -> Iterator[Line]:
     yield Line()
-    yield Line(f"the same call on {WORLD} ranks: experts as DTensors, Shard(0) on a mesh of {WORLD}", "head")
+    yield Line(f"the same call on {WORLD} ranks: experts are DTensors, Shard(0) on a mesh of {WORLD}", "head")
     ranks = _run_ranks(work, keep)
     for rank in ranks:
         _judge(rank["wrong"])
+        first, last = rank["experts"]
         rate = rank["read_bytes"] / rank["seconds"] / 1e9
-        yield field(f"rank {rank['rank']}", f"experts {rank['experts'][0]}-{rank['experts'][1]}: {rank['read_bytes']:,} bytes in "
-                    f"{rank['reads']} reads, {rate:.2f} GB/s on one thread")  # fmt: skip
-    count = sum(rank["checked"] for rank in ranks)
-    experts = [rank["expert_bytes"] for rank in ranks]
-    yield field("read", f"{' + '.join(amount(n) for n in experts)} of experts: every expert by one rank, all else by both; "
-                "nothing was sent")  # fmt: skip
-    yield Line(field("checked", f"{count:,} values on the ranks: all right").text, "good")
+        text = f"experts {first}-{last}: {rank['read_bytes']:,} bytes in {rank['reads']} reads"
+        yield field(f"rank {rank['rank']}", f"{text}, {rate:.2f} GB/s on one thread")
+    experts = " + ".join(amount(rank["expert_bytes"]) for rank in ranks)
+    yield field("read", f"{experts} of experts, each by one rank; all else by both; nothing was sent")
+    yield _checked((sum(rank["checked"] for rank in ranks), []))
     data["ranks"] = ranks
 
 
 def _run_ranks(work: Path, keep: bool) -> list[dict[str, Any]]:
-    import json
-
     words = [sys.executable, "-m", "restow.torch.demo_rank", str(work / "checkpoint")]
     processes: list[subprocess.Popen[str]] = []
     try:
@@ -213,22 +222,22 @@ def _run_ranks(work: Path, keep: bool) -> list[dict[str, Any]]:
             process.wait()
     for i, (process, (out, err)) in enumerate(zip(processes, answers, strict=True)):
         if process.returncode:
-            raise PeerFailedError("a rank that ends well", f"exit code {process.returncode}", rank=i,
-                                  sections=[("stderr", err.splitlines()[-10:])])  # fmt: skip
+            said = err.splitlines()[-10:]
+            found = f"exit code {process.returncode}"
+            raise PeerFailedError("a rank that ends well", found, sections=[("stderr", said)], rank=i)
     return [json.loads(out.splitlines()[-1]) for out, _ in answers]
 
 
 def _one_refusal(work: Path, data: dict[str, Any]) -> Iterator[Line]:
     yield Line()
     yield Line("and where one tensor is missing: before the first byte is read", "head")
-    demo_model.copy_headers(work / "checkpoint", work / "broken", demo_model.LOST)
-    broken: Checkpoint = open_checkpoint(work / "broken")
-    model = {n: torch.empty(shape, dtype=torch.bfloat16) for n, shape in demo_model.loaded_shapes().items()}
+    m.copy_headers(work / "checkpoint", work / "broken", m.LOST)
+    broken = open_checkpoint(work / "broken")
     try:
-        load(broken, model)
+        load(broken, _zeros("grouped"))
     except RestowError as error:
         data["refused"] = failure(error)
         for line in failure_text(error).splitlines():
             yield Line("  " + line, "warn")
     else:
-        raise IntegrityError("an error for a missing tensor", "none", tensor=demo_model.LOST)
+        raise IntegrityError("an error for a missing tensor", "none", tensor=m.LOST)

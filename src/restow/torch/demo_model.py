@@ -1,8 +1,8 @@
 """The demo's checkpoint, a Qwen3-MoE, and the value that every element of it must have. Needs no transformers.
 
 A value follows from its tensor's name and its index alone, never zero and never NaN, so that a misplaced element
-cannot pass for the right one. `wanted_*` say what a loaded tensor must hold by index arithmetic: nothing of what they
-check is used to compute them.
+cannot pass for the right one. `wanted` says what a loaded tensor must hold from names and indices: nothing of what
+it checks is used to compute it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,16 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return {**found, "model.norm.weight": (WIDTH,), "lm_head.weight": (VOCAB, WIDTH)}
 
 
-def loaded_shapes() -> dict[str, tuple[int, ...]]:
+def loaded_shapes(layout: str = "grouped") -> dict[str, tuple[int, ...]]:
     """Every tensor of the model: the experts of a layer in two, all else as the checkpoint has it."""
+    rows = {
+        "grouped": (("gate_and_up_projs", (WIDTH, 2 * INNER)), ("down_projs", (INNER, WIDTH))),
+        "fused": (("gate_up_proj", (2 * INNER, WIDTH)), ("down_proj", (WIDTH, INNER))),
+    }[layout]
     found = {name: shape for name, shape in shapes().items() if ".experts." not in name}
     for layer in range(LAYERS):
-        found[f"model.layers.{layer}.mlp.experts.gate_and_up_projs"] = (EXPERTS, WIDTH, 2 * INNER)
-        found[f"model.layers.{layer}.mlp.experts.down_projs"] = (EXPERTS, INNER, WIDTH)
+        for word, shape in rows:
+            found[f"model.layers.{layer}.mlp.experts.{word}"] = (EXPERTS, *shape)
     return found
 
 
@@ -86,41 +91,41 @@ def flat(*sizes: int) -> NDArray[np.uint32]:
 
 def wanted(name: str, shape: tuple[int, ...], first: int = 0) -> Iterator[tuple[object, Bits]]:
     """What a loaded tensor must hold: (part of it, bits). `first` is the number of its first expert."""
-    path, _, last = name.rpartition(".")
-    if ".experts" not in name:
+    path, _, word = name.rpartition(".")
+    if ".experts." not in name:
         yield slice(None), bits(name, flat(*shape))
         return
-    down = (
-        np.arange(WIDTH, dtype=np.uint32)[None, :] * np.uint32(INNER)
-        + np.arange(INNER, dtype=np.uint32)[:, None]
-    )
-    up = (
-        np.arange(INNER, dtype=np.uint32)[None, :] * np.uint32(WIDTH)
-        + np.arange(WIDTH, dtype=np.uint32)[:, None]
-    )
-    for e in range(shape[0]):
-        if last == "down_projs":  # [e, j, i] is down_proj[i, j] of expert e
-            yield e, bits(f"{path}.{first + e}.down_proj.weight", down)
+    turned = word in ("gate_and_up_projs", "down_projs")
+    for e in range(first, first + shape[0]):
+        if "down" in word:  # down_projs[e, j, i] is down_proj[i, j] of expert e
+            index = flat(WIDTH, INNER)
+            yield e - first, bits(f"{path}.{e}.down_proj.weight", index.T if turned else index)
             continue
-        for p, word in enumerate(("gate", "up")):  # [e, i, p f + j] is gate_proj[j, i], then up_proj[j, i]
-            part = (e, slice(None), slice(p * INNER, (p + 1) * INNER))
-            yield part, bits(f"{path}.{first + e}.{word}_proj.weight", up)
+        index = flat(INNER, WIDTH)
+        for p, half in enumerate(
+            ("gate", "up")
+        ):  # gate_and_up_projs[e, i, p f + j] is gate_proj[j, i], up_proj[j, i]
+            channels = slice(p * INNER, (p + 1) * INNER)
+            part = (e - first, slice(None), channels) if turned else (e - first, channels)
+            yield part, bits(f"{path}.{e}.{half}_proj.weight", index.T if turned else index)
 
 
 def compared(state: Mapping[str, torch.Tensor], first: int = 0) -> tuple[int, list[str]]:
     """How many elements of loaded tensors were compared, and the names of the tensors that hold a wrong one."""
-    count, wrong = 0, []
-    for name, tensor in state.items():
-        found = tensor.view(torch.uint16).numpy()
-        seen = 0
+
+    def one(item: tuple[str, torch.Tensor]) -> tuple[int, bool]:
+        name, tensor = item
+        found, seen, right = tensor.view(torch.uint16).numpy(), 0, True
         for part, expected in wanted(name, tuple(tensor.shape), first):
             seen += expected.size
-            if not np.array_equal(found[part], expected) and name not in wrong:
-                wrong.append(name)
-        if seen != tensor.numel() and name not in wrong:
-            wrong.append(name)
-        count += seen
-    return count, wrong
+            right = right and np.array_equal(found[part], expected)
+        return seen, right and seen == tensor.numel()
+
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(one, state.items()))
+    return sum(seen for seen, _ in results), [
+        name for name, (_, right) in zip(state, results, strict=True) if not right
+    ]
 
 
 def write_checkpoint(folder: Path) -> int:
@@ -131,18 +136,22 @@ def write_checkpoint(folder: Path) -> int:
     held: list[dict[str, torch.Tensor]] = [{}]
     weight_map: dict[str, str] = {}
     size = 0
-    for name, shape in shapes().items():
-        if size >= whole * len(held) // FILES:
-            _write_shard(folder, held)
-            held.append({})
-        values = bits(name, flat(*shape))
-        held[-1][name] = torch.from_numpy(values).view(torch.bfloat16)
-        weight_map[name] = _shard(len(held))
-        size += values.nbytes
+    with ThreadPoolExecutor() as pool:
+        for name, values in zip(shapes(), pool.map(_values, shapes().items()), strict=True):
+            if size >= whole * len(held) // FILES:
+                _write_shard(folder, held)
+                held.append({})
+            held[-1][name] = torch.from_numpy(values).view(torch.bfloat16)
+            weight_map[name] = _shard(len(held))
+            size += values.nbytes
     _write_shard(folder, held)
     index = {"metadata": {"total_size": whole}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return whole
+
+
+def _values(item: tuple[str, tuple[int, ...]]) -> Bits:
+    return bits(item[0], flat(*item[1]))
 
 
 def _write_shard(folder: Path, held: list[dict[str, torch.Tensor]]) -> None:
