@@ -83,6 +83,10 @@ class Model:
         """A folder with config, index and `files` shards."""
         return write(folder, {**self.spelled(layout), **extra}, self.config, files)
 
+    def opened(self, folder: Path, layout: str | Layout = "split", files: int = 2) -> restow.Checkpoint:
+        """The same without a config, for dtypes that a config would have to announce."""
+        return restow.open(write(folder, self.spelled(layout), None, files), family=self.family)
+
     def but(self, **changes: object) -> Model:
         return replace(self, **changes)  # type: ignore[arg-type]
 
@@ -121,10 +125,13 @@ def spell(row: Row, axes: str, whole: torch.Tensor) -> Tensors:
     return out
 
 
-def write(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, object], files: int = 1) -> Path:
+def write(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, object] | None, files: int = 1
+) -> Path:
     """Tensors as a folder of `files` shards, names dealt out in turn so that every module lies in all of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
     names = sorted(tensors)
     if files == 1:
         save_file({n: tensors[n].contiguous() for n in names}, folder / "model.safetensors")

@@ -21,7 +21,7 @@ from restow.plans import Plan
 from restow.targets import Shard, Target
 from restow.torch.load import as_checkpoint
 
-SMALL = Model(dtype=torch.int64)  # its elements are numbers of their own, which numpy can hold
+SMALL = Model(dtype=torch.float64)  # its elements are numbers of their own, which numpy can hold
 FORMS = ["split", "fused", "grouped", "stacked", "torchtitan", "epfd", "megatron", "megatron_sequential", "mlx"]
 
 
@@ -131,7 +131,7 @@ def test_the_union_of_all_ranks_is_everything_once(axis: str) -> None:
 
 def test_1024_ranks_of_an_expert_mesh() -> None:
     """64 ranks along e, 16 along the second dim: what `[Shard(0), Shard(1)]` on (64, 16) holds."""
-    model = Model(e=64, f=2, d=32, layers=1, dtype=torch.int64)
+    model = Model(e=64, f=2, d=32, layers=1, dtype=torch.float64)
     have, want = model.spelled("split", others=False), model.spelled("grouped", others=False)
     source = as_checkpoint(have, restow.families["qwen3_moe"])
     seen = {name: np.zeros(t.shape, np.int64) for name, t in want.items()}
@@ -141,7 +141,7 @@ def test_1024_ranks_of_an_expert_mesh() -> None:
         targets = []
         for name, tensor in want.items():
             runs = tuple(chunk(n, *cut) for n, cut in zip(tensor.shape, [(a, 64), (b, 16), (0, 1)], strict=True))
-            targets.append(Target(name, tuple(tensor.shape), "I64", runs))
+            targets.append(Target(name, tuple(tensor.shape), "F64", runs))
         plan = make_plan(source, targets, Wish())
         total += plan.bytes
         for target in plan.targets:
@@ -349,7 +349,7 @@ def test_text_that_is_no_plan_is_refused(text: str) -> None:
 @pytest.mark.parametrize("part", [None, Shard("e", 1, 3), Shard("f", 2, 4), Shard("d", 0, 3)], ids=str)
 def test_the_plan_counts_the_bytes_that_are_read(folder: Path, dst: str, part: Shard | None) -> None:
     plan = restow.plan(folder, layout=dst, shard=part)
-    into = painted({t.name: torch.empty(t.local_shape, dtype=torch.int64) for t in plan.targets})
+    into = painted({t.name: torch.empty(t.local_shape, dtype=torch.float64) for t in plan.targets})
     report = restow.load(folder, into, shard=part)
     assert report.bytes_read == plan.bytes
     assert report.bytes_written == plan.written

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from restow.errors import UsageError
-from restow.terminal import Answer, run, signals
+from restow.terminal import Answer, Signalled, code_of, run, signals
 
 if TYPE_CHECKING:
     from restow.checkpoint import Checkpoint
@@ -39,8 +39,8 @@ FamilyOption = Annotated[
     str | None, typer.Option(metavar="MODEL_TYPE", help="The family, where config.json does not say it.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
-StrictOption = Annotated[bool, typer.Option(help="Refuse what would only be a warning.")]
-DebugOption = Annotated[bool, typer.Option(help="Show a traceback with an error.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse what would only be a warning.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 
 
 def verb(function: Callable[..., Answer]) -> Callable[..., None]:
@@ -149,5 +149,8 @@ def program(
 
 def main() -> None:
     """The command `restow`."""
-    with signals():
-        sys.exit(app(prog_name="restow"))
+    try:
+        with signals():
+            app(prog_name="restow")
+    except Signalled as error:  # before a verb began, or after it ended
+        sys.exit(code_of(error))

@@ -1,7 +1,7 @@
 """What a checkpoint looks like to people, and the same as plain values for programs.
 
-An `Answer` has aligned ASCII lines and a JSON document with the same facts. Nothing is found out here: that is for
-`opening`. It rejects nothing.
+An `Answer` has aligned ASCII lines and a JSON document with the same facts. Nothing is found out here: that
+is for `opening`. It rejects nothing.
 """
 
 from __future__ import annotations
@@ -108,8 +108,7 @@ def _inspection_lines(opened: Checkpoint, data: Mapping[str, Any]) -> Iterator[L
         yield field(
             "experts", f"{len(group['modules'])} modules in {called}: {'; '.join(runs_of(group['modules']))}"
         )
-        yield from table([(r["row"], f"{r['tensors']:,} tensors", kinds(r["dtypes"], False), amount(r["bytes"]))
-                           for r in group["rows"]])  # fmt: skip
+        yield from table([_row_cells(row) for row in group["rows"]])
         odd = {axis: size for axis, size in group["sizes"].items() if data["sizes"].get(axis) != size}
         if odd:
             yield Line(MARGIN + "  with " + "  ".join(f"{axis} = {size}" for axis, size in odd.items()))
@@ -124,6 +123,10 @@ def _inspection_lines(opened: Checkpoint, data: Mapping[str, Any]) -> Iterator[L
     )
     yield field("ignorable", "; ".join(runs_of(data["ignorable"])) or "none")
     yield from problem_lines(opened.problems)
+
+
+def _row_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row["row"], f"{row['tensors']:,} tensors", kinds(row["dtypes"], False), amount(row["bytes"])
 
 
 def problem_lines(problems: Sequence[Problem]) -> Iterator[Line]:

@@ -1,4 +1,4 @@
-"""What the plans of all ranks look like to people, and the same as plain values for programs. Rejects nothing."""
+"""What the plans of all ranks look like to people, and the same as plain values. It rejects nothing."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from restow.named import FORMS, NAMED
 from restow.notation import Dim, Factor, Labels, Part, Row
 
 CONFIG_LIMIT = 2**31
+COUNT_LIMIT = 2**16  # of experts, of layers: what names are counted out for
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,19 @@ class Family:
             name = replace_run(name, hub, runtime)
         return name
 
+    def on_hub(self, name: str) -> str:
+        """A runtime name as the hub spells it: the renames the other way round, last first.
+
+        Raises `UsageError` where that does not lead back, since then the table does not say it.
+        """
+        found = name
+        for hub, runtime in reversed(self.renames):
+            anchor = "^" if hub.startswith("^") else ""
+            found = replace_run(found, anchor + runtime.lstrip("^"), hub.lstrip("^"))
+        if self.canonical(found) != self.canonical(name):
+            raise UsageError(f"a hub name for {show(name)} in the family's table", f"{show(found)}")
+        return found
+
     def place(self, path: str) -> tuple[str, int]:
         """An experts module's canonical layer prefix, and which of the layer's places it is, however it is spelled."""
         known = [(container, i) for i, line in enumerate(self.containers) for container in line]
@@ -121,14 +135,15 @@ class Family:
         """Sizes by axis from a config. Raises `ConfigError` for what is no size; absent paths give no size."""
         found = {}
         for line in self.sizes:
-            terms = [_term(term, config) for term in line.terms]
+            limit = COUNT_LIMIT if line.axis in ("e", "L") else CONFIG_LIMIT
+            terms = [_term(term, config, limit) for term in line.terms]
             known = [term for term in terms if term is not None]
             if len(known) == len(terms):
                 found[line.key] = sum(known)
         return found
 
 
-def _term(term: str, config: Mapping[str, object]) -> int | None:
+def _term(term: str, config: Mapping[str, object], limit: int) -> int | None:
     if term.isdecimal():
         return int(term)
     for path in term.split("|"):
@@ -140,9 +155,9 @@ def _term(term: str, config: Mapping[str, object]) -> int | None:
                 return len(value)
             if isinstance(value, list) and value:  # one entry a bank; which bank is the family's to say
                 value = value[0]
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= CONFIG_LIMIT:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
                 raise ConfigError(
-                    f"{path.lstrip('#')} as a whole number from 1 to {CONFIG_LIMIT}",
+                    f"{path.lstrip('#')} as a whole number from 1 to {limit}",
                     f"{show(repr(value))}",
                     path="config.json",
                 )

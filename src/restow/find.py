@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 from typing import NamedTuple
 
 from restow.errors import (
+    LISTED,
     AmbiguousLayoutError,
     AmbiguousTensorError,
     MissingTensorError,
@@ -30,6 +32,8 @@ from restow.named import FORMS, GENERAL
 from restow.notation import Row
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+HOLES = 1000  # tensors named at most when nearly all of a module is missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +103,30 @@ def find_modules(
             hit_names[hit.path].add(name)
     strangers = _below(missed, by_path, claimed)
     modules: dict[str, Module] = {}
-    errors: list[RestowError] = []
+    errors: list[tuple[str, RestowError]] = []
     known = Known(sizes, local or {}, partial, what)
     for path, matched in _whole_modules(by_path, hit_names, candidates):
         found = _decide(path, matched, hit_names[path], shapes, candidates, known)
-        errors += found[1]
+        errors += [(path, error) for error in found[1]]
         if found[0] is not None:
             modules[path] = found[0]
         if strangers.get(path):
-            errors.append(_stranger_error(path, strangers[path], found[0]))
-    return Findings(modules, tuple(missed), tuple(errors))
+            errors.append((path, _stranger_error(path, strangers[path], found[0])))
+    return Findings(modules, tuple(missed), _folded(errors))
+
+
+def _folded(errors: Sequence[tuple[str, RestowError]]) -> tuple[RestowError, ...]:
+    """One error for what is wrong with many modules in the same words: the first one's, and the others' paths."""
+    alike: dict[object, list[tuple[str, RestowError]]] = {}
+    for path, error in errors:
+        words = (text.replace(path, "") for text in (error.expected, error.found))
+        alike.setdefault((type(error), *words), []).append((path, error))
+    folded = []
+    for (_, first), *others in alike.values():
+        if others:
+            first.sections = (*first.sections, ("and in", tuple(show(path) for path, _ in others)))
+        folded.append(first)
+    return tuple(folded)
 
 
 class Known(NamedTuple):
@@ -216,7 +234,7 @@ def _fit(
             solved.update({axis: size for axis, size in fresh.items() if axis not in local})
     tensors: dict[str, tuple[str | None, ...]] = {}
     wrong: list[tuple[str, str]] = []
-    missing: list[str] = []
+    missing, lacking = list[str](), 0
     extra: list[str] = []
     for row in layout.rows:
         found = by_row[row.role]
@@ -231,13 +249,14 @@ def _fit(
             if shapes[name] != expected:
                 wrong.append((name, _shape_text(row, {**solved, **local})))
         if not known.partial or not found:
-            gaps = [i for i, name in enumerate(slots) if name is None]
-            missing += [f"{path}.{name_of(row, _index(i, lengths), solved)}" for i in gaps]
+            gaps = (i for i, name in enumerate(slots) if name is None)
+            missing += [f"{path}.{name_of(row, _index(i, lengths), solved)}" for i in islice(gaps, HOLES)]
+            lacking += slots.count(None)
         tensors[row.role] = tuple(slots)
     module = Module(path, layout, spelling.names, solved, tensors)
-    errors += _count_errors(path, module, missing, extra, by_row, known.what)
+    errors += _count_errors(module, missing, lacking, extra, by_row, known.what)
     if wrong:
-        errors.append(_shape_error(path, layout, wrong, shapes, solved))
+        errors.append(_shape_error(module, wrong, shapes))
     return module, errors
 
 
@@ -256,11 +275,15 @@ def _shape_text(row: Row, sizes: Mapping[str, int]) -> str:
 
 
 def _count_name_axes(row: Row, found: Mapping[tuple[int, ...], str], solved: dict[str, int]) -> None:
-    """A name axis without a size from the config has one more than the largest number in the names."""
+    """A name axis without a size from the config has one more than the largest number in the names.
+
+    A number out of all proportion to the names is a stray: it must not make the rest a list of holes.
+    """
     for position, axis in enumerate(row.name_axes):
         if axis in row.labels or axis in solved or f"{axis}@{row.base}" in solved or not found:
             continue
-        solved[axis] = 1 + max(index[position] for index in found)
+        numbers = {index[position] for index in found}
+        solved[axis] = 1 + max(n for n in numbers if n < HOLES + 4 * len(numbers))
 
 
 def _flat(index: Sequence[int], lengths: Sequence[int]) -> int:
@@ -279,39 +302,40 @@ def _index(at: int, lengths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _count_errors(
-    path: str,
     module: Module,
     missing: Sequence[str],
+    lacking: int,
     extra: Sequence[str],
     by_row: Mapping[str, Mapping[tuple[int, ...], str]],
     what: str,
 ) -> list[RestowError]:
-    errors: list[RestowError] = []
+    """Experts too few or too many, in one error: `missing` are the first names of the `lacking` ones."""
     experts = module.sizes.get("e", 0)
-    whole = _whole_experts(module, by_row)
-    if missing:
-        count = len(missing)
-        found = f"{whole}" if whole != experts else f"{count} of their tensors missing"
-        errors.append(
+    expected = f"{experts} experts in {show(module.path)}"
+    if lacking:
+        whole = _whole_experts(module, by_row)
+        listed = missing if len(missing) == lacking else missing[:LISTED]
+        in_all = [f"{lacking} tensors"] if len(missing) != lacking else []
+        return [
             MissingTensorError(
-                f"{experts} experts in {show(path)}",
-                found,
+                expected,
+                f"{whole}" if whole != experts else f"{lacking} of their tensors missing",
                 tensor=missing[0],
-                sections=[("missing", map(show, missing))],
+                sections=[("missing", map(show, listed)), ("in all", in_all), ("extra", map(show, extra))],
                 hint=f"get {what} again, or name the experts it holds: nothing is filled in their place",
             )
-        )
+        ]
     if extra:
-        errors.append(
+        return [
             UnexpectedTensorError(
-                f"{experts} experts in {show(path)}",
-                f"tensors of others: {len(extra)}",
+                expected,
+                f"{_whole_experts(module, by_row)}",
                 tensor=extra[0],
                 sections=[("extra", map(show, extra))],
                 hint="check the number of experts in config.json against the files",
             )
-        )
-    return errors
+        ]
+    return []
 
 
 def _whole_experts(module: Module, by_row: Mapping[str, Mapping[tuple[int, ...], str]]) -> int:
@@ -328,21 +352,22 @@ def _whole_experts(module: Module, by_row: Mapping[str, Mapping[tuple[int, ...],
     return sum(1 for e, count in counts.items() if count == need) if need else 0
 
 
-def _shape_error(
-    path: str,
-    layout: Layout,
-    wrong: Sequence[tuple[str, str]],
-    shapes: Shapes,
-    sizes: Mapping[str, int],
-) -> ShapeMismatchError:
+def _shape_error(module: Module, wrong: Sequence[tuple[str, str]], shapes: Shapes) -> ShapeMismatchError:
+    """Shapes that are not the layout's; of a stacked module's few tensors, the others are shown beside them."""
     name, expected = wrong[0]
+    sizes, layout = module.sizes, module.layout
     used = {a: sizes[a] for row in layout.rows for a in sorted(row.axes) if a in sizes}
+    lines = [f"{show(n)} {list(shapes[n])}, expected {want}" for n, want in wrong]
+    every = [n for names in module.tensors.values() for n in names if n is not None]
+    if len(every) <= LISTED // 2:
+        bad = {n for n, _ in wrong}
+        lines += [f"{show(n)} {list(shapes[n])}, as expected" for n in every if n not in bad]
     return ShapeMismatchError(
         f"shape {expected} for {show(name)}",
         f"{list(shapes[name])}",
         tensor=name,
         sections=[
-            ("tensors", (f"{show(n)} {list(shapes[n])}, expected {want}" for n, want in wrong)),
+            ("tensors", lines),
             ("layout", rows_text(layout)),
             ("sizes", [", ".join(f"{axis} = {size}" for axis, size in used.items())]),
         ],

@@ -100,7 +100,9 @@ def _counted(found: Checkpoint, family: Family, stack: Stack, count: int) -> Ite
         )
     if over:
         names = [f"{stack.layer(n)}.{rest}" for n in over for rest in sorted(stack.names[n])]
-        names += [t for n in over if n in stack.modules for ts in stack.modules[n].tensors.values() for t in ts if t]
+        names += [
+            t for n in over if n in stack.modules for ts in stack.modules[n].tensors.values() for t in ts if t
+        ]
         yield UnexpectedTensorError(
             f"{count} layers below {show(stack.path)}, as {key} says",
             f"{len(stack.names)}",
@@ -182,7 +184,8 @@ def _unlike(found: Checkpoint, stack: Stack, routers: _Routers) -> Iterator[Rest
             best = max(fuller, key=lambda other: (group[other], len(other)))
             less = sorted(best - names - router)
             lost += [f"{stack.layer(number)}.{rest}" for rest in less]
-            like = like or next(stack.layer(n) for n, other in beside.items() if less and other == best)
+            if less and not like:
+                like = next(stack.layer(n) for n, other in beside.items() if other == best)
     if empty:
         yield _empty_error(found, stack, model, below, empty)
     if lost:

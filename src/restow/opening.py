@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from restow.checkpoint import Checkpoint, survey
 from restow.errors import ConfigError, RestowError, UnsupportedFamilyError, show
 from restow.family import Family
 from restow.folder import open_folder
+from restow.judge import judge
 from restow.known import FAMILIES
 from restow.landing import layout_of
 from restow.layout import Layout
@@ -46,20 +48,22 @@ def open_checkpoint(
         problems.append(Problem(error, True))
     else:
         if known is None:
-            known, doubt = _by_config(config, folder.root)
+            known, doubt = by_config(config, folder.root)
             if doubt is not None and layout is None:
                 problems.append(Problem(doubt, True))
     given = family is not None or layout is not None
     shared: dict[str, Any] = {"path": folder.root, "given": given, "layout": layout_of(layout, known)}
     shared["stamps"] = {header.file: header.stamp for header in folder.headers}
     try:
-        return survey(folder.tensors, family=known, config=config, problems=tuple(problems), **shared)
+        found = survey(folder.tensors, family=known, config=config, problems=tuple(problems), **shared)
     except ConfigError as error:
         problems.append(Problem(error, True))
-        return survey(folder.tensors, family=known, config=None, problems=tuple(problems), **shared)
+        found = survey(folder.tensors, family=known, config=None, problems=tuple(problems), **shared)
+    dtypes = {n: d for header in folder.headers for n, d in zip(header.names, header.dtypes, strict=True)}
+    return replace(found, problems=(*found.problems, *judge(found, dtypes)))
 
 
-def _by_config(config: Mapping[str, Any] | None, root: str) -> tuple[Family | None, RestowError | None]:
+def by_config(config: Mapping[str, Any] | None, root: str) -> tuple[Family | None, RestowError | None]:
     if config is None:
         return None, ConfigError(
             "config.json, which names the model family",

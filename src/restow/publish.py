@@ -90,6 +90,10 @@ class Staging:
         """Sync and close a file that is wholly written, early, so that thousands need not be open at once."""
         self._files[name].seal()
 
+    def book(self, name: str, count: int) -> None:
+        """Count bytes of a file that another process wrote at its path below `place.staging` and synced."""
+        self._files[name].book(count)
+
     def add(self, name: str, data: ReadableBuffer) -> None:
         """A small file in one call."""
         self.create(name, memoryview(data).nbytes)

@@ -1,8 +1,8 @@
 """What each rank of an expert-parallel mesh would hold, and what its plan costs: figures, no torch, no data.
 
-Rank (i, j) of a mesh of ep x ep_shard holds chunk i of the experts and chunk j of the next dim of every expert
-tensor, as a DTensor with placements [Shard(0), Shard(1)] does; every other tensor is whole on every rank. It rejects
-what `planning` rejects.
+Rank (i, j) of a mesh of ep x ep_shard holds chunk i of the experts and chunk j of the next dim of every
+expert tensor, as a DTensor with placements [Shard(0), Shard(1)] does; every other tensor is whole on every
+rank. It rejects what `planning` rejects.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Place = tuple[Row, tuple[int, ...], Mapping[str, int]]  # a row, the index in it
 class Rank(NamedTuple):
     """One rank's plan in figures; sizes are bytes of the files, `written` bytes of memory.
 
-    `straight` bytes land where they are read to, `tiled` ones pass through a buffer that fits a cache. `wanted` are
-    the bytes that the rank's part of the experts has in the files, `experts_read` what is read for them, gaps
-    included.
+    `straight` bytes land where they are read to, `tiled` ones pass through a buffer that fits a cache.
+    `wanted` are the bytes that the rank's part of the experts has in the files, `experts_read` what is read
+    for them, gaps included.
     """
 
     rank: int

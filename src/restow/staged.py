@@ -59,6 +59,11 @@ class StagedFile:
                 self._turn.notify_all()
         return booked
 
+    def book(self, count: int) -> None:
+        """Count bytes that another process wrote and brought to the disk itself."""
+        with self._turn:
+            self._booked += count
+
     def seal(self) -> None:
         """Bring a wholly written file to the disk and close it; nothing to do for a sealed one."""
         if self._fd < 0:

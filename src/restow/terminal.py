@@ -1,7 +1,8 @@
 """What a verb of the command line hands back, how it is shown, and which exit code a failure has.
 
-An `Answer` is one value with two faces: `data` for `--json`, `lines` for people. Text is plain ASCII and never cut
-or wrapped; on a terminal, and only there, rich colours it. It rejects nothing, and knows no tensors or layouts.
+An `Answer` is one value with two faces: `data` for `--json`, `lines` for people. Text is plain ASCII and
+never cut or wrapped; on a terminal, and only there, rich colours it. It rejects nothing, and knows no tensors
+or layouts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -69,9 +70,7 @@ def run(verb: Callable[[], Answer], *, as_json: bool = False, debug: bool = Fals
     """Do `verb`, show its answer, give the exit code. Failures on purpose are shown; others are defects."""
     try:
         answer = verb()
-        for line in answer.lines:
-            if not as_json:
-                say(line)
+        _tell(answer.lines, quiet=as_json)
         if as_json:
             show_json(answer.data)
         sys.stdout.flush()
@@ -87,6 +86,16 @@ def run(verb: Callable[[], Answer], *, as_json: bool = False, debug: bool = Fals
             show_json({"error": failure(error)})
         return code_of(error)
     return answer.code
+
+
+def _tell(lines: Iterable[Line], *, quiet: bool) -> None:
+    try:
+        for line in lines:
+            if not quiet:
+                say(line)
+    finally:
+        if isinstance(lines, Generator):
+            lines.close()  # now, not when it is collected: what it began is cleaned up on the way out
 
 
 def code_of(error: BaseException) -> int:

@@ -29,7 +29,7 @@ from restow.errors import (
 )
 
 CALLS = (
-    "create", "open_lock", "lock", "unlock", "allocate", "pwrite", "fsync", "close", "sync_folder",
+    "create", "reopen", "open_lock", "lock", "unlock", "allocate", "pwrite", "fsync", "close", "sync_folder",
     "mkdir", "rename", "rename_new", "exchange", "unlink", "rmdir",
 )  # fmt: skip
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
@@ -39,6 +39,11 @@ _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
 def create(path: Path) -> int:
     """A descriptor of a new file; its mode is what the umask leaves of 0666."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def reopen(path: Path) -> int:
+    """A descriptor of a file that another process of ours has made, for writing; links are not followed."""
+    return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def open_lock(path: Path) -> int:

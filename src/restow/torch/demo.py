@@ -1,8 +1,8 @@
-"""`restow demo`: a checkpoint made on the spot, loaded whole and on two ranks, every value checked, and one refusal.
+"""`restow demo`: a checkpoint made on the spot, loaded whole and on two ranks, all checked, and one refusal.
 
-A story for those who meet restow for the first time, told with nothing but the public verbs. It needs no network, no
-port and about 1 GB of memory, and leaves nothing behind unless asked. Raises `IntegrityError` if a value is wrong,
-`DestinationExistsError` rather than write over what is there.
+A story for those who meet restow for the first time, told with nothing but the public verbs. It needs no
+network, no port and about 1 GB of memory, and leaves nothing behind unless asked. Raises `IntegrityError` if
+a value is wrong, `DestinationExistsError` rather than write over what is there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ import torch
 from safetensors.torch import save_file
 
 from restow.checkpoint import Checkpoint
-from restow.errors import DestinationExistsError, IntegrityError, PeerFailedError, RestowError, show
+from restow.errors import (
+    DestinationExistsError,
+    IntegrityError,
+    PeerFailedError,
+    PeerTimeoutError,
+    RestowError,
+    show,
+)
 from restow.layout import rows_text
 from restow.named import GENERAL
 from restow.opening import open_checkpoint
@@ -32,7 +39,6 @@ from restow.torch.read import default_threads
 from restow.wording import MARGIN, amount, field
 
 WORLD = 2
-TIMES = 3  # a load and a copy are timed so often, the best counts
 PATIENCE = 150  # seconds for the ranks
 
 
@@ -115,7 +121,7 @@ def _one_process(work: Path, keep: bool, data: dict[str, Any]) -> Iterator[Line]
     straight, _ = _timed(opened, fused)
     yield field("fused", _rate(report.bytes_read, straight, memcpy) + ", in the files' own order")
     yield _checked(m.compared(fused))
-    how = f"best of {TIMES}, {default_threads()} threads for each; files in the page cache, memory touched before"
+    how = f"best of {m.TIMES}, {default_threads()} threads; files in the page cache, memory touched before"
     yield field("measured", how)
     data["single"] = {
         "planned_bytes": made.bytes, "reads": len(made.reads), "read_bytes": report.bytes_read,
@@ -131,7 +137,7 @@ def _zeros(layout: str) -> dict[str, torch.Tensor]:
 
 def _timed(opened: Checkpoint, model: Mapping[str, torch.Tensor]) -> tuple[float, LoadReport]:
     best, report = float("inf"), None
-    for _ in range(TIMES):
+    for _ in range(m.TIMES):
         for tensor in model.values():
             tensor.zero_()
         started = time.perf_counter()
@@ -175,7 +181,7 @@ def _memcpy_seconds(size: int) -> float:
         torch.set_num_threads(1)
         to.copy_(of)
 
-    for _ in range(TIMES):
+    for _ in range(m.TIMES):
         pool = [threading.Thread(target=copy, args=part) for part in parts]
         started = time.perf_counter()
         for thread in pool:
@@ -205,22 +211,23 @@ def _two_ranks(work: Path, keep: bool, data: dict[str, Any]) -> Iterator[Line]:
 
 def _run_ranks(work: Path, keep: bool) -> list[dict[str, Any]]:
     words = [sys.executable, "-m", "restow.torch.demo_rank", str(work / "checkpoint")]
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
     processes: list[subprocess.Popen[str]] = []
     try:
         for i in range(WORLD):
             target = [str(work / f"rank-{i}.safetensors")] if keep else []
             argv = [*words, str(i), str(WORLD), str(work / "rendezvous"), *target]
-            processes.append(
-                subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            )
+            processes.append(subprocess.Popen(argv, stdin=null, stdout=pipe, stderr=pipe, text=True))
         ends = time.monotonic() + PATIENCE
         answers = [process.communicate(timeout=max(1.0, ends - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired as error:
+        raise PeerTimeoutError(f"both ranks done in {PATIENCE} s", "one that is not") from error
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
-    for i, (process, (out, err)) in enumerate(zip(processes, answers, strict=True)):
+    for i, (process, (_, err)) in enumerate(zip(processes, answers, strict=True)):
         if process.returncode:
             said = err.splitlines()[-10:]
             found = f"exit code {process.returncode}"

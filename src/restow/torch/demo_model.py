@@ -1,8 +1,8 @@
-"""The demo's checkpoint, a Qwen3-MoE, and the value that every element of it must have. Needs no transformers.
+"""The demo's checkpoint, a Qwen3-MoE, and the value that each element must have. Needs no transformers.
 
-A value follows from its tensor's name and its index alone, never zero and never NaN, so that a misplaced element
-cannot pass for the right one. `wanted` says what a loaded tensor must hold from names and indices: nothing of what
-it checks is used to compute it.
+A value follows from its tensor's name and its index alone, never zero and never NaN, so that a misplaced
+element cannot pass for the right one. `wanted` says what a loaded tensor must hold from names and indices:
+nothing of what it checks is used to compute it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from safetensors.torch import save_file
 LAYERS, EXPERTS, WIDTH, INNER, VOCAB = 12, 16, 512, 320, 2048  # L e d f: two digits, "10" sorts before "2"
 HEADS, KV_HEADS, HEAD = 8, 2, 64
 FILES = 4
+TIMES = 5  # a load and a copy are timed so often, the best counts
 LOST = "model.layers.7.mlp.experts.11.up_proj.weight"
 
-CONFIG: Mapping[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "torch_dtype": "bfloat16",
-    "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "moe_intermediate_size": INNER, "num_experts": EXPERTS,
-    "num_experts_per_tok": 4, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS, "head_dim": HEAD, "vocab_size": VOCAB, "tie_word_embeddings": False,
-    "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "hidden_act": "silu",
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-}  # fmt: skip
+CONFIG: Mapping[str, Any] = { "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+"torch_dtype": "bfloat16", "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "moe_intermediate_size":
+INNER, "num_experts": EXPERTS, "num_experts_per_tok": 4, "num_hidden_layers": LAYERS, "num_attention_heads":
+HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD, "vocab_size": VOCAB, "tie_word_embeddings": False,
+"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "hidden_act": "silu",
+"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, }  # fmt: skip
 
 Bits = NDArray[np.uint16]
 
@@ -81,7 +80,8 @@ def bits(name: str, index: NDArray[np.uint32]) -> Bits:
     x ^= x >> np.uint32(13)
     sign_and_fraction = ((x & np.uint32(1)) << np.uint32(15)) | ((x >> np.uint32(6)) & np.uint32(0x7F))
     exponent = np.uint32(112) + ((x >> np.uint32(1)) & np.uint32(31))
-    return (sign_and_fraction | (exponent << np.uint32(7))).astype(np.uint16)
+    found: Bits = (sign_and_fraction | (exponent << np.uint32(7))).astype(np.uint16)
+    return found
 
 
 def flat(*sizes: int) -> NDArray[np.uint32]:
@@ -89,7 +89,7 @@ def flat(*sizes: int) -> NDArray[np.uint32]:
     return np.arange(int(np.prod(sizes)), dtype=np.uint32).reshape(sizes)
 
 
-def wanted(name: str, shape: tuple[int, ...], first: int = 0) -> Iterator[tuple[object, Bits]]:
+def wanted(name: str, shape: tuple[int, ...], first: int = 0) -> Iterator[tuple[Any, Bits]]:
     """What a loaded tensor must hold: (part of it, bits). `first` is the number of its first expert."""
     path, _, word = name.rpartition(".")
     if ".experts." not in name:
@@ -102,16 +102,15 @@ def wanted(name: str, shape: tuple[int, ...], first: int = 0) -> Iterator[tuple[
             yield e - first, bits(f"{path}.{e}.down_proj.weight", index.T if turned else index)
             continue
         index = flat(INNER, WIDTH)
-        for p, half in enumerate(
-            ("gate", "up")
-        ):  # gate_and_up_projs[e, i, p f + j] is gate_proj[j, i], up_proj[j, i]
+        # gate_and_up_projs[e, i, p f + j] is gate_proj[j, i] for p = 0, up_proj[j, i] for p = 1
+        for p, half in enumerate(("gate", "up")):
             channels = slice(p * INNER, (p + 1) * INNER)
-            part = (e - first, slice(None), channels) if turned else (e - first, channels)
+            part: Any = (e - first, slice(None), channels) if turned else (e - first, channels)
             yield part, bits(f"{path}.{e}.{half}_proj.weight", index.T if turned else index)
 
 
 def compared(state: Mapping[str, torch.Tensor], first: int = 0) -> tuple[int, list[str]]:
-    """How many elements of loaded tensors were compared, and the names of the tensors that hold a wrong one."""
+    """How many elements of loaded tensors were compared, and which tensors hold a wrong one."""
 
     def one(item: tuple[str, torch.Tensor]) -> tuple[int, bool]:
         name, tensor = item

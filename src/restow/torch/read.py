@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from restow.errors import CoverageError, IntegrityError, show
+from restow.errors import CoverageError, IntegrityError, TruncatedFileError, UsageError, show
 from restow.files import SourceFile, open_source
 from restow.plans import Copy, Part, Plan
 from restow.reads import GAP, Spans, spans
@@ -80,8 +80,10 @@ def run_plan(
 
     `root` is the folder of the plan's files, `memory` holds the sources that are tensors. `stamps` are the files' as
     they were when the plan was made: raises `IntegrityError` where one has changed since. Raises `CoverageError` if not
-    every planned element was written, and what `files` raises.
+    every planned element was written, `UsageError` for `threads` below 1, and what `files` raises.
     """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise UsageError("threads as a whole number of at least 1", repr(threads))
     ledger = _Ledger()
     workers = min(threads or default_threads(), max(1, len(plan.copies)))
     queue = _Queue(_jobs(plan))
@@ -166,7 +168,15 @@ class _Files:
         with self._lock:
             if name not in self._open:
                 source = self._stack.enter_context(open_source(Path(self._root or "") / name))
-                if self._stamps.get(name, source.stamp) != source.stamp:
+                stamp = self._stamps.get(name, source.stamp)
+                if stamp[2] > source.size:
+                    raise TruncatedFileError(
+                        f"{stamp[2]} bytes, as when its header was read",
+                        f"{source.size}",
+                        path=source.path,
+                        hint="fetch the file again",
+                    )
+                if stamp != source.stamp:
                     raise _changed(source)
                 self._open[name] = source
             return self._open[name]

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 
 from restow.boxes import Run, whole
-from restow.errors import ShapeMismatchError, UsageError, show
+from restow.errors import DtypeMismatchError, ShapeMismatchError, UsageError, show
 from restow.targets import Runs, Target
-from restow.torch.dtypes import dtype_name
+from restow.torch.dtypes import NAME
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
 
@@ -46,13 +46,17 @@ def slots_of(into: Into, *, meta: bool = False) -> Slots:
     aliases: dict[str, str] = {}
     buffers: list[str] = []
     seen: dict[object, str] = {}
-    for name, tensor, persistent in _named(into):
+    for name, tensor, persistent in tensors_of(into):
         if not persistent:
             buffers.append(name)
             continue
         if name in slots or name in aliases:
             raise UsageError(f"one tensor by the name {show(name)}", "two in the modules given")
         slot = slot_of(name, tensor, meta=meta)
+        if any(n > 1 and stride == 0 for n, stride in zip(slot.local.shape, slot.local.stride(), strict=True)):
+            raise UsageError(
+                f"memory of its own for every element of {show(name)}", "an expanded tensor", tensor=name
+            )
         key = _memory(slot.local)
         if key is not None and key in seen:
             aliases[name] = seen[key]
@@ -87,7 +91,11 @@ def slot_of(name: str, tensor: torch.Tensor, *, meta: bool = False) -> Slot:
         )
     if local.layout != torch.strided:
         raise UsageError(f"a strided tensor as {show(name)}", str(local.layout), tensor=name)
-    target = Target(name, tuple(tensor.shape), dtype_name(tensor.dtype), runs)
+    if tensor.dtype not in NAME:
+        raise DtypeMismatchError(
+            f"a dtype that safetensors can hold as {show(name)}", str(tensor.dtype), tensor=name
+        )
+    target = Target(name, tuple(tensor.shape), NAME[tensor.dtype], runs)
     if target.local_shape != tuple(local.shape) and local.numel():
         raise ShapeMismatchError(
             f"local shape {list(target.local_shape)} for {show(name)}, as its placements give",
@@ -143,7 +151,7 @@ def _as_runs(indices: torch.Tensor) -> tuple[Run, ...]:
     return tuple((int(indices[a]), b - a) for a, b in zip(starts, ends, strict=True))
 
 
-def _named(into: Into) -> Iterator[tuple[str, torch.Tensor, bool]]:
+def tensors_of(into: Into) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """(name, tensor, persistent) of every tensor, wrappers' segments dropped from the names."""
     if isinstance(into, Mapping):
         for name, tensor in into.items():
