@@ -9,7 +9,6 @@ from typing import Any
 
 from corpus import Builder, case
 from corpus_bytes import CONFIG, E7, EXPERTS, S1, S2, S3, Shards, Tensor, fill, good, write
-
 from restow import errors
 from restow.errors import RestowError
 
@@ -18,7 +17,9 @@ ROUTER = "model.layers.1.mlp.gate.weight"
 NORM = "model.norm.weight"
 
 
-def tensors(*holds: str, error: type[RestowError], **more: Any) -> Callable[[Callable[[Shards], object]], Builder]:
+def tensors(
+    *holds: str, error: type[RestowError], **more: Any
+) -> Callable[[Callable[[Shards], object]], Builder]:
     """A case whose builder changes the good checkpoint's tensors, and may give another config."""
 
     def register(change: Callable[[Shards], object]) -> Builder:
@@ -33,7 +34,9 @@ def tensors(*holds: str, error: type[RestowError], **more: Any) -> Callable[[Cal
     return register
 
 
-def config(*holds: str, error: type[RestowError], **more: Any) -> Callable[[Callable[[dict[str, Any]], object]], Builder]:
+def config(
+    *holds: str, error: type[RestowError], **more: Any
+) -> Callable[[Callable[[dict[str, Any]], object]], Builder]:
     """A case whose builder changes the good checkpoint's config."""
 
     def register(change: Callable[[dict[str, Any]], object]) -> Builder:
@@ -61,7 +64,9 @@ def _fused(shards: Shards, *, turned: bool = False, only: bool = True) -> None:
     if only:
         _drop(shards, lambda name: not name.startswith(f"{EXPERTS}."))
     shards[S2][f"{EXPERTS}.gate_up_proj"] = Tensor("BF16", (12, 16, 16), b"".join(pairs))
-    shards[S2][f"{EXPERTS}.down_proj"] = Tensor("BF16", (12, 8, 16) if turned else (12, 16, 8), b"".join(down))
+    shards[S2][f"{EXPERTS}.down_proj"] = Tensor(
+        "BF16", (12, 8, 16) if turned else (12, 16, 8), b"".join(down)
+    )
 
 
 @tensors(E7, "expected 12 experts", "found 11", error=errors.MissingTensorError, tensor=E7)
@@ -96,7 +101,9 @@ def T05_number_gap(shards: Shards) -> None:
         number = int(name.split(".")[5])
         if number >= 6:
             shards[S2][name.replace(f".{number}.", f".{number + 100}.")] = shards[S2].pop(name)
-    for name in [name for name in shards[S2] if name.startswith(f"{EXPERTS}.1") and name.split(".")[5] > "100"]:
+    for name in [
+        name for name in shards[S2] if name.startswith(f"{EXPERTS}.1") and name.split(".")[5] > "100"
+    ]:
         number = int(name.split(".")[5])
         shards[S2][name.replace(f".{number}.", f".{number - 99}.")] = shards[S2].pop(name)
 

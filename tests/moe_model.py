@@ -1,7 +1,7 @@
-"""A small but whole MoE language model in plain PyTorch: Qwen3-MoE's architecture with grouped experts, EP and FSDP2.
+"""A small but whole MoE language model in plain PyTorch: Qwen3-MoE with grouped experts, EP and FSDP2.
 
-Nothing of it is restow's or transformers': names follow Qwen3-MoE's runtime but for the experts, which are two grouped
-tensors per layer, `gate_and_up_projs [e, d, 2f]` and `down_projs [e, f, d]`. `parallelize` makes the experts DTensors
+Nothing of it is restow's or transformers': names follow Qwen3-MoE's but for the experts, two grouped tensors
+per layer, `gate_and_up_projs [e, d, 2f]` and `down_projs [e, f, d]`. `parallelize` makes the experts DTensors
 on a mesh dim and shards with `fully_shard`; tokens travel to their experts by all-to-all, and back.
 """
 
@@ -63,15 +63,18 @@ class Attention(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.c = c
-        for word, heads in (("q", c.num_attention_heads), ("k", c.num_key_value_heads), ("v", c.num_key_value_heads)):
-            self.add_module(f"{word}_proj", nn.Linear(c.hidden_size, heads * c.head_dim, bias=False))
+        kv = c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         self.q_norm, self.k_norm = Norm(c.head_dim, c.rms_norm_eps), Norm(c.head_dim, c.rms_norm_eps)
         freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2).float() / c.head_dim)
         self.register_buffer("inv_freq", freq, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.c.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projs = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.c.head_dim)) for proj in projs)
         q, k = self.turned(self.q_norm(q)).transpose(1, 2), self.turned(self.k_norm(k)).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
@@ -94,13 +97,14 @@ class Dense(nn.Module):
 
 
 class Experts(nn.Module):
-    """Every expert of a layer in two tensors; on an EP mesh this rank's experts, `ceil(e / ranks)` as `Shard(0)` cuts."""
+    """Every expert of a layer in two tensors; on an EP mesh those of this rank, as `Shard(0)` cuts them."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.count = c.num_experts
-        self.gate_and_up_projs = nn.Parameter(torch.empty(c.num_experts, c.hidden_size, 2 * c.moe_intermediate_size))
-        self.down_projs = nn.Parameter(torch.empty(c.num_experts, c.moe_intermediate_size, c.hidden_size))
+        e, d, f = c.num_experts, c.hidden_size, c.moe_intermediate_size
+        self.gate_and_up_projs = nn.Parameter(torch.empty(e, d, 2 * f))
+        self.down_projs = nn.Parameter(torch.empty(e, f, d))
         self.ep: DeviceMesh | None = None
 
     def shard(self, ep: DeviceMesh) -> None:
@@ -119,9 +123,10 @@ class Experts(nn.Module):
 
     def here(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Tokens in the order of the experts that lie here, `counts` of them each."""
-        up, down = (w.to_local() if isinstance(w, DTensor) else w for w in (self.gate_and_up_projs, self.down_projs))
-        if not len(x):
-            return x
+        both = self.gate_and_up_projs, self.down_projs
+        up, down = (w.to_local() if isinstance(w, DTensor) else w for w in both)
+        if not len(x):  # no token here: still part of the graph, so that ranks agree on what has a gradient
+            return x + 0 * (up.sum() + down.sum())
         ends = counts.cumsum(0).int()
         gate, value = F.grouped_mm(x, up, offs=ends).chunk(2, -1)
         return F.grouped_mm(F.silu(gate) * value, down, offs=ends)
@@ -205,7 +210,7 @@ class MoEModel(nn.Module):
 
 
 def parallelize(model: MoEModel, mesh: DeviceMesh, *, fsdp: bool = False) -> MoEModel:
-    """Experts over the dim "ep" of a mesh ("dp", "ep"); with `fsdp` also sharded over "dp", and all else over the mesh."""
+    """Experts over "ep" of a mesh ("dp", "ep"); with `fsdp` also over "dp", all else over the whole mesh."""
     moes = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE)]
     for moe in moes:
         moe.experts.shard(mesh["ep"])

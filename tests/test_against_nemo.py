@@ -21,9 +21,9 @@ CASES = [("qwen3_moe", "mlp.experts", True), ("deepseek_v3", "mlp.experts", True
 class Adapter(nemo.MoESplitExpertsStateDictMixin):
     """The least that the merge asks for."""
 
-    def __init__(self, segment: str, gated: bool) -> None:
-        self.moe_config = SimpleNamespace(n_routed_experts=tiny.EXPERTS, expert_bias=False)
-        self._segment, self._gated = segment, gated
+    def __init__(self, segment: str, gated: bool, **inner: int) -> None:
+        self.moe_config = SimpleNamespace(n_routed_experts=tiny.EXPERTS, expert_bias=False, **inner)
+        self._segment, self._gated, self.dtype = segment, gated, torch.float32
 
     @property
     def _expert_path_segment(self) -> str:
@@ -34,8 +34,9 @@ class Adapter(nemo.MoESplitExpertsStateDictMixin):
         return self._gated
 
 
-def merged(tensors: Tensors, segment: str, gated: bool) -> Tensors:
-    return Adapter(segment, gated)._from_hf_w_merged_experts(dict(tensors))
+def merged(tensors: Tensors, segment: str, gated: bool, sizes: str = "plain") -> Tensors:
+    inner = {"moe_inter_dim": tiny.SIZES[sizes]["f"], "dim": tiny.SIZES[sizes]["d"]}
+    return Adapter(segment, gated, **inner)._from_hf_w_merged_experts(dict(tensors))
 
 
 @pytest.mark.parametrize("sizes", tiny.SIZES)
@@ -43,7 +44,7 @@ def merged(tensors: Tensors, segment: str, gated: bool) -> Tensors:
 def test_grouped_tensors_are_nemo_s(family_id: str, segment: str, gated: bool, sizes: str) -> None:
     folder = tiny.saved(family_id, sizes=sizes)
     split = {n.removeprefix("backbone."): t for n, t in load_file(folder / "model.safetensors").items()}
-    wanted = merged(split, segment, gated)
+    wanted = merged(split, segment, gated, sizes)
     assert any(name.endswith("gate_and_up_projs") for name in wanted)
     targets = restow.plan(folder).targets
     into = {t.name: torch.full(t.shape, -1, dtype=torch_dtype(t.dtype)) for t in targets}

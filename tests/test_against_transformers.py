@@ -102,7 +102,7 @@ def grouped_of(model: torch.nn.Module, family_id: str) -> dict[int, Tensors]:
     """The grouped tensors of every experts module, by layer, from the parameters in memory."""
     formula = FORMULAS.get(family_id, from_fused)
     return {
-        layer_of(path): {name: t.contiguous() for name, t in formula(dict(module.named_parameters())).items()}
+        layer_of(path): {name: t.clone(memory_format=torch.contiguous_format) for name, t in formula(dict(module.named_parameters())).items()}
         for path, module in model.named_modules()
         if re.search(r"\bexperts$", path)
     }

@@ -1,7 +1,7 @@
-"""The catalogue against transformers: what its tables say about names, shapes, routers and halves, models show.
+"""The catalogue against transformers: what its tables say of names, shapes, routers and halves, models show.
 
-Nothing here takes a fact from the tables: names come from saved files and state dicts, the pairs of the two by
-equal bytes, gate and up by calling the experts. Each oracle is shown to notice a table that is wrong.
+Nothing here takes a fact from the tables: names come from saved files and state dicts, the pairs of the two
+by equal bytes, gate and up by calling the experts. Each oracle is shown to notice a table that is wrong.
 """
 
 from __future__ import annotations
@@ -301,7 +301,8 @@ def test_model_types_that_share_a_table(model_type: str) -> None:
 
 TIE_RULES = [  # top-level key, text config's key, tied: as transformers 5.23 ties what it builds from them
     ("qwen3_5_moe", True, False, True), ("qwen3_5_moe", False, True, False),
-    ("qwen3_5_moe", None, True, False), ("qwen3_vl_moe", None, True, False), ("aria", None, True, False), ("step3p7", None, True, False),
+    ("qwen3_5_moe", None, True, False), ("qwen3_vl_moe", None, True, False),
+    ("aria", None, True, False), ("step3p7", None, True, False),
     ("gemma4", None, False, True), ("gemma4", False, True, False), ("gemma4", True, False, True),
     ("llama4", True, False, False), ("llama4", False, True, True), ("llama4", None, None, False),
     ("nemotron_h", True, None, False), ("gemma4_text", None, None, True), ("mixtral", None, None, False),
@@ -384,7 +385,7 @@ def check_meaning(family: Family, family_id: str) -> None:
 
 
 class Bench:
-    """The first experts module of a model, run with some of its weights scaled where its layout says they are."""
+    """The first experts module of a model, run with some of its weights scaled, found by its layout."""
 
     def __init__(self, family: Family, family_id: str) -> None:
         self.model = tiny.build(family_id)
@@ -484,7 +485,7 @@ def test_a_wrong_size_or_router_is_noticed(family_id: str, old: str, new: str) -
 
 
 def vendor_vl(d: int, f: int) -> dict[str, tuple[int, ...]]:
-    """Qwen3-VL-MoE as its vendor stores it; transformers 5.23 writes the other orientation under its names."""
+    """Qwen3-VL-MoE as its vendor stores it; transformers 5.23 writes the other orientation so called."""
     at = "model.language_model.layers.0.mlp."
     return {
         f"{at}gate.weight": (12, d),

@@ -1,4 +1,4 @@
-"""Findings about tensors and configs: every case of the corpus's T and C levels, and what must not be found."""
+"""Findings about tensors and configs: the corpus's T and C levels, and what must not be found."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import corpus_tensors
 import pytest
+
+import corpus_tensors
 from corpus import CASES, Case
 from corpus_bytes import E7, good, write
-
 from restow import errors
 from restow.checkpoint import Checkpoint, survey
 from restow.entries import Entry, Piece
@@ -61,7 +61,9 @@ def test_corpus(case: Case, tmp_path: Path) -> None:
     check(case, findings(case, tmp_path / case.id))
 
 
-@pytest.mark.parametrize("name", ["T01_part_of_expert", "T08_mixed_dtype", "T22_head_missing", "C07_hidden_size"])
+@pytest.mark.parametrize(
+    "name", ["T01_part_of_expert", "T08_mixed_dtype", "T22_head_missing", "C07_hidden_size"]
+)
 def test_the_oracle_can_fail(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     wrong = [
@@ -77,9 +79,11 @@ def test_the_oracle_can_fail(name: str, tmp_path: Path) -> None:
             check(changed, findings(changed, tmp_path / folder))
 
 
-@pytest.mark.parametrize("case", [case for case in OURS if case.error and case.fatal], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [case for case in OURS if case.error and case.fatal], ids=lambda case: case.id
+)
 def test_a_plan_is_refused(case: Case, tmp_path: Path) -> None:
-    """Fatal findings stop a plan; what is only missing stops who needs it, and is fatal to a whole conversion."""
+    """Fatal findings stop a plan; what is only missing stops who needs it."""
     opened = open_checkpoint(case.build(tmp_path / case.id) or tmp_path / case.id)
     wish = Wish()
     if case.error is not MissingTensorError:
@@ -160,7 +164,7 @@ def test_a_bias_that_only_one_layer_lacks() -> None:
 
 
 def test_kinds_that_the_config_tells_apart_are_not_alike() -> None:
-    """Gemma4's full-attention layers have no v_proj of their own; a list in its config says which these are."""
+    """Gemma4's full-attention layers may have no v_proj; a list in its config says which these are."""
     config = {"num_experts": 4, "moe_intermediate_size": 8, "hidden_size": 16, "num_hidden_layers": 2}
     kinds = {"layer_types": ["sliding_attention", "full_attention"]}
     shapes: dict[str, tuple[int, ...]] = dict(ENDS)
@@ -203,10 +207,13 @@ def test_a_headless_export_of_a_model_with_an_outer_module() -> None:
     }
     _, (problem,) = seen("qwen3_5_moe", config, shapes)
     assert not problem.fatal
-    assert problem.error.expected.startswith("names that begin with model., ")
+    assert problem.error.expected.startswith("names that begin with model. ")
     del shapes["language_model.norm.weight"]
     _, told = seen("qwen3_5_moe", config, shapes)
-    assert [problem.error.tensor for problem in told if problem.fatal][0] == "model.language_model.embed_tokens.weight"
+    assert (
+        next(problem.error.tensor for problem in told if problem.fatal)
+        == "model.language_model.embed_tokens.weight"
+    )
 
 
 @pytest.mark.parametrize(
@@ -360,7 +367,8 @@ expected shape [12, 16, 8] for model.layers.1.mlp.experts.down_proj, found [12, 
   sizes     d = 16, e = 12, f = 8, p = 2
   try       check config.json against the files: sizes come from the config first, shapes must agree""",
     "T17_no_prefix": """\
-expected names that begin with model., as a whole qwen3_moe model has them, found names without it: an export without its head
+expected names that begin with model., as a whole qwen3_moe model has them, found names without it: an export
+without its head
   missing   model.embed_tokens.weight
             model.norm.weight
   found     embed_tokens.weight
@@ -370,7 +378,7 @@ expected names that begin with model., as a whole qwen3_moe model has them, foun
 expected lm_head.weight, since tie_word_embeddings does not tie it to the embedding, found none
   missing   lm_head.weight
   in        ROOT
-  try       get the checkpoint again, with every file that its index names, or correct tie_word_embeddings in config.json""",
+  try       get the checkpoint again, or correct tie_word_embeddings in config.json""",
     "T24_router_missing": """\
 expected a router beside model.layers.1.mlp.experts, found none
   missing   model.layers.1.mlp.gate.weight

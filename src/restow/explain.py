@@ -16,7 +16,7 @@ from restow.find import Module
 from restow.layout import rows_text
 from restow.problems import Problem
 from restow.terminal import BAD_INPUT, DONE, Answer, Line, failure, failure_text
-from restow.wording import MARGIN, amount, field, kinds, runs_of, table
+from restow.wording import MARGIN, amount, field, kinds, many, runs_of, table
 
 
 def inspection(opened: Checkpoint, *, strict: bool = False) -> Answer:
@@ -98,16 +98,15 @@ def _routers(opened: Checkpoint) -> dict[str, list[str]]:
 
 
 def _inspection_lines(opened: Checkpoint, data: Mapping[str, Any]) -> Iterator[Line]:
-    head = f"{data['tensors']:,} tensors in {data['files']:,} files, {amount(data['bytes'])}"
+    head = f"{many(data['tensors'], 'tensor')} in {many(data['files'], 'file')}, {amount(data['bytes'])}"
     yield Line(f"{show(opened.path)}: {data['family'] or 'unknown family'}, {head}", "head")
     if data["sizes"]:
         yield field("sizes", "  ".join(f"{axis} = {size}" for axis, size in data["sizes"].items()))
     yield field("dtypes", kinds(data["dtypes"]))
     for group in data["experts"]:
         called = " = ".join(group["layout"])
-        yield field(
-            "experts", f"{len(group['modules'])} modules in {called}: {'; '.join(runs_of(group['modules']))}"
-        )
+        where = "; ".join(runs_of(group["modules"]))
+        yield field("experts", f"{many(len(group['modules']), 'module')} in {called}: {where}")
         yield from table([_row_cells(row) for row in group["rows"]])
         odd = {axis: size for axis, size in group["sizes"].items() if data["sizes"].get(axis) != size}
         if odd:
@@ -115,18 +114,18 @@ def _inspection_lines(opened: Checkpoint, data: Mapping[str, Any]) -> Iterator[L
     if not data["experts"]:
         yield field("experts", "none found")
     for router in data["routers"]:
-        yield field("routers", f"{router['tensors']:,} tensors: {'; '.join(runs_of(router['names']))}")
+        yield field("routers", f"{many(router['tensors'], 'tensor')}: {'; '.join(runs_of(router['names']))}")
         yield from table([(router["row"], kinds(router["dtypes"], False), amount(router["bytes"]))])
     others = data["others"]
     yield field(
-        "others", f"{others['tensors']:,} tensors, {amount(others['bytes'])}, {kinds(others['dtypes'])}"
+        "others", f"{many(others['tensors'], 'tensor')}, {amount(others['bytes'])}, {kinds(others['dtypes'])}"
     )
     yield field("ignorable", "; ".join(runs_of(data["ignorable"])) or "none")
     yield from problem_lines(opened.problems)
 
 
 def _row_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return row["row"], f"{row['tensors']:,} tensors", kinds(row["dtypes"], False), amount(row["bytes"])
+    return row["row"], many(row["tensors"], "tensor"), kinds(row["dtypes"], False), amount(row["bytes"])
 
 
 def problem_lines(problems: Sequence[Problem]) -> Iterator[Line]:

@@ -11,7 +11,7 @@ from restow.explain import alike, family_name
 from restow.layout import Layout, rows_text
 from restow.ranks import Rank
 from restow.terminal import Answer, Line
-from restow.wording import MARGIN, aligned, amount, field, runs_of
+from restow.wording import MARGIN, aligned, amount, field, many, runs_of
 
 LISTED = 32  # ranks in full before a line stands for the rest
 
@@ -51,7 +51,7 @@ def _plan_lines(
 ) -> Iterator[Line]:
     total, experts, sums = data["bytes"], data["expert_bytes"], data["totals"]
     mesh, name = data["mesh"], data["into"]["layout"]
-    yield Line(f"{show(opened.path)}: {data['family'] or 'unknown family'}, {len(opened.tensors):,} tensors, "
+    yield Line(f"{show(opened.path)}: {data['family'] or 'unknown family'}, {many(len(opened.tensors), 'tensor')}, "
                f"{amount(total)}, {amount(experts)} of them experts", "head")  # fmt: skip
     for group in alike(opened):
         where = "; ".join(runs_of([m.path for m in group]))
@@ -73,9 +73,9 @@ def _plan_lines(
     once = (
         "each read once"
         if sums["experts_read"] == sums["wanted"] == experts
-        else f"read {share}, gaps included"
+        else f"read {share}, gaps included,"
     )
-    yield field("experts", f"{amount(experts)} in the files, {once} over all {len(ranks)} ranks")
+    yield field("experts", f"{amount(experts)} in the files, {once} over {many(len(ranks), 'rank')}")
     yield field("in all", f"{amount(sums['read'])} in {sums['reads']:,} reads")
     if sums["tiled"]:
         yield field(

@@ -1,18 +1,17 @@
-"""What a checkpoint lacks, or has too much of, against its config and its family: findings, from names and shapes.
+"""What a checkpoint lacks, or has too much of, against its config and its family: from names, shapes, dtypes.
 
-`find` judges each experts module by itself; this looks at the whole: required names, the head and its tie, routers,
-layers that differ from their like, the number of layers, dtypes. It reads no data, knows no model, and rejects
-nothing: every finding is a `Problem`, and one cause makes one.
+`find` judges each experts module by itself; this looks at the whole: required names and the head
+(`required`), routers and layers (`layers`), shapes outside the experts, dtypes. It reads no data, knows no
+model, and rejects nothing: every finding is a `Problem`, and one cause makes one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from restow.checkpoint import Checkpoint
 from restow.errors import (
-    AmbiguousTensorError,
     DtypeMismatchError,
     MissingTensorError,
     ShapeMismatchError,
@@ -22,14 +21,14 @@ from restow.errors import (
 from restow.family import Family
 from restow.layers import LayerFindings, judge_layers
 from restow.problems import Problem
+from restow.required import judge_required, there
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 QUANTISED = ("quantization_config", "compression_config")
-FETCH = "get the checkpoint again, with every file that its index names"
 
 
 def judge(found: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Problem, ...]:
-    """Every finding about `found` as a whole checkpoint; `dtypes` gives each tensor's, as its file spells it."""
+    """Every finding about `found` as a whole checkpoint; `dtypes` by name, as the files spell them."""
     problems = list(_dtypes(found, dtypes))
     family = found.family
     if family is None:
@@ -40,7 +39,7 @@ def judge(found: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Problem, ...]:
         return tuple(problems)
     layers = judge_layers(found, family)
     problems += layers.problems
-    problems += _required(found, family)
+    problems += judge_required(found, family)
     problems += _shapes(found, family, layers)
     return tuple(problems)
 
@@ -58,96 +57,8 @@ def _no_experts(found: Checkpoint, family: Family) -> MissingTensorError:
     )
 
 
-def _there(found: Checkpoint, family: Family, name: str) -> str | None:
-    """A required name as this checkpoint has it, on the hub's path or the runtime's."""
-    return next((n for n in (name, family.canonical(name)) if n in found.tensors), None)
-
-
-def _required(found: Checkpoint, family: Family) -> Iterator[Problem]:
-    """Names that a whole checkpoint must hold: missing ones, and the head against the config's tie."""
-    needed = [name for name in family.required if not name.startswith("?")]
-    heads = [name.lstrip("?") for name in family.required if name.startswith("?")]
-    lost = [name for name in needed if _there(found, family, name) is None]
-    bare = _without_prefix(found, needed) if len(lost) == len(needed) else []
-    if bare:
-        yield Problem(_headless_error(family, lost, bare), False)
-        return
-    if lost:
-        ends = tuple("." + name.partition(".")[2] for name in lost)
-        near = [name for name in found.others if name.endswith(ends)]
-        yield Problem(
-            MissingTensorError(
-                f"the tensors that every {family.model_types[0]} checkpoint holds",
-                f"{len(lost)} of {len(needed)} missing",
-                path=found.path,
-                tensor=lost[0],
-                sections=[("missing", map(show, lost)), ("there are", map(show, near[:3]))],
-                hint="if these stand under other names, load them with rename=" if near else FETCH,
-            ),
-            True,
-        )
-    if found.config is None:
-        return
-    tied = family.ties(found.config)
-    for head in heads:
-        there = _there(found, family, head)
-        if there is None and not tied:
-            yield Problem(_head_error(found, family, head), True)
-        elif there is not None and tied:
-            yield from _tied(found, there, _there(found, family, needed[0]))
-
-
-def _without_prefix(found: Checkpoint, needed: Sequence[str]) -> list[str]:
-    """The needed names as an export without its outer modules has them; empty if it is none."""
-    for cut in range(1, needed[0].count(".")):
-        bare = [".".join(name.split(".")[cut:]) for name in needed]
-        if all(name in found.tensors for name in bare):
-            return bare
-    return []
-
-
-def _headless_error(family: Family, lost: Sequence[str], bare: Sequence[str]) -> MissingTensorError:
-    prefix = lost[0].removesuffix(bare[0])
-    return MissingTensorError(
-        f"names that begin with {prefix}, as a whole {family.model_types[0]} model has them",
-        "names without it: an export without its head",
-        tensor=lost[-1],
-        sections=[("missing", map(show, lost)), ("found", map(show, bare))],
-        hint="a model without a head loads them as they are; for a whole one say rename=",
-    )
-
-
-def _head_error(found: Checkpoint, family: Family, head: str) -> MissingTensorError:
-    why = f"since {family.tie} does not tie it" if family.tie else "since this family never ties it"
-    return MissingTensorError(
-        f"{show(head)}, {why} to the embedding",
-        "none",
-        path=found.path,
-        tensor=head,
-        sections=[("missing", [show(head)])],
-        hint=FETCH + (f", or correct {family.tie} in config.json" if family.tie else ""),
-    )
-
-
-def _tied(found: Checkpoint, head: str, embedding: str | None) -> Iterator[Problem]:
-    """A head beside the embedding that the config ties it to: told where it cannot be the same tensor."""
-    if embedding is None:
-        return
-    both = [(name, found.tensors[name]) for name in (head, embedding)]
-    if len({(entry.dtype, entry.shape) for _, entry in both}) == 1:
-        return  # whether the values are the same, only the data say
-    error = AmbiguousTensorError(
-        "one tensor for head and embedding, since the config ties them",
-        "two that differ",
-        tensor=head,
-        sections=[("tensors", (f"{show(name)} {e.dtype} {list(e.shape)}" for name, e in both))],
-        hint="correct tie_word_embeddings in config.json, or drop the head",
-    )
-    yield Problem(error, False)
-
-
 def _shapes(found: Checkpoint, family: Family, layers: LayerFindings) -> Iterator[Problem]:
-    """Embedding, final norm, head and routers against the sizes, unless the experts have told that already."""
+    """Embedding, final norm, head and routers against the sizes, unless the experts have told it already."""
     told = {type(problem.error) for problem in found.problems if problem.fatal}
     if ShapeMismatchError in told:
         return
@@ -155,15 +66,15 @@ def _shapes(found: Checkpoint, family: Family, layers: LayerFindings) -> Iterato
     wrong = [] if told & {MissingTensorError, UnexpectedTensorError} else list(layers.wrong)
     plain = found.config is not None and not _quantised(found.config)
     for name in family.required:
-        there = _there(found, family, name.lstrip("?"))
-        if there is None or width is None:
+        held = there(found, family, name.lstrip("?"))
+        if held is None or width is None:
             continue
-        shape = found.tensors[there].shape
+        shape = found.tensors[held].shape
         matrix = "norm" not in name.rpartition(".")[0].rpartition(".")[2]
         if matrix and plain and (len(shape) != 2 or shape[1] != width):
-            wrong.append((there, f"[vocabulary, {width}]"))
+            wrong.append((held, f"[vocabulary, {width}]"))
         elif not matrix and shape != (width,):
-            wrong.append((there, f"[{width}]"))
+            wrong.append((held, f"[{width}]"))
     if wrong:
         name, expected = wrong[0]
         lines = (f"{show(n)} {list(found.tensors[n].shape)}, expected {want}" for n, want in wrong)

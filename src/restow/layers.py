@@ -1,7 +1,8 @@
-"""The layers of a checkpoint against each other and against the config: their number, their routers, their like.
+"""The layers of a checkpoint against each other and against the config: their number, routers, and like.
 
-A layer that has what makes its like complete is whole: layers are alike when the config's lists by layer (`layer_types`
-and others) say the same of them. Ignorable blocks (prediction layers past the last) are passed over.
+Layers are alike when the config's lists by layer (`layer_types` and others) say the same of them; one that
+lacks what others of its kind have, and has nothing else instead, is not whole. Ignorable blocks (prediction
+layers past the last) are passed over. It rejects nothing: its findings are `Problem`s.
 """
 
 from __future__ import annotations

@@ -21,6 +21,11 @@ def amount(count: int) -> str:
     return f"{value:.3g} {unit}" if unit != "B" else f"{count} B"
 
 
+def many(count: int, word: str) -> str:
+    """A count of things: `1 file`, `16 files`."""
+    return f"{count:,} {word}" + ("s" if count != 1 else "")
+
+
 def runs_of(names: Sequence[str]) -> list[str]:
     """Names that differ in their numbers, in short: `model.layers.[0-47].mlp.experts`."""
     found: dict[tuple[str, ...], list[tuple[int, ...]]] = {}

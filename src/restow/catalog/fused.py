@@ -1,4 +1,4 @@
-"""Families whose vendors ship stacked experts, the output axis before the input axis, as `nn.Linear` stores it.
+"""Families whose vendors ship stacked experts, the output axis before the input axis, as `nn.Linear` has it.
 
 Sources: transformers 5.23 (conversion mapping, models, configs; names, renames and routers by running it on
 tiny models). Their quantised files, and most files saved again, hold one tensor per expert.
@@ -90,7 +90,7 @@ TABLES = (
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     """,
     # The correction bias is float32 in the vendor's files; transformers keeps it in the model's dtype.
-    # The vision tower's `attn.in_proj_*` are the runtime's q, k and v, fused and permuted: no rename can say that.
+    # The vision tower's `attn.in_proj_*` are the runtime's q, k and v, fused and permuted: no rename.
     """
     family    step3p7 step3p5
     size      e = n_routed_experts|moe_num_experts|num_local_experts

@@ -61,7 +61,7 @@ def relayout(
     out: dict[str, torch.Tensor] = {}
     rest: set[int] = set()
     for i, target in enumerate(made.targets):
-        view = _as_view(made, i, by_target.get(i, []), state)
+        view = as_view(made, i, by_target.get(i, []), state)
         if view is None:
             rest.add(i)
             device = state[made.parts[by_target[i][0].source].name].device if i in by_target else None
@@ -72,7 +72,7 @@ def relayout(
     return out
 
 
-def _as_view(plan: Plan, target: int, copies: list[Copy], state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+def as_view(plan: Plan, target: int, copies: list[Copy], state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """The target as a view of the one source tensor that all its copies come from, or None where strides cannot say it.
 
     Every copy gives a source place and stride for the destination's lattice; a view exists if one stride per dim

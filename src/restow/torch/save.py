@@ -210,10 +210,24 @@ def _save(
         return _follow(outline, plan, slots, peers, path, threads, started)
 
 
+def _tied(slots: Mapping[str, Slot]) -> dict[str, str]:
+    """Further names of one memory -> its first name."""
+    first: dict[object, str] = {}
+    found = {}
+    for name, slot in slots.items():
+        if not slot.local.numel():
+            continue
+        memory = slot.local.data_ptr(), tuple(slot.local.shape), slot.local.stride()
+        if first.setdefault(memory, name) != name:
+            found[name] = first[memory]
+    return found
+
+
 def _describe(slots: Mapping[str, Slot], shard: Shard | None, path: object) -> str:
     held = [(name, slot.target.shape, slot.target.dtype, slot.target.runs) for name, slot in slots.items()]
+    tied = list(_tied(slots))
     cut = [shard.axis, shard.rank, shard.of] if shard is not None else None
-    return json.dumps({"held": held, "shard": cut, "path": os.fspath(path)})  # type: ignore[call-overload]
+    return json.dumps({"held": held, "tied": tied, "shard": cut, "path": os.fspath(path)})  # type: ignore[call-overload]
 
 
 def _outline(slots: Mapping[str, Slot], everybody: Sequence[Any], words: _Words) -> Outline:
@@ -221,7 +235,10 @@ def _outline(slots: Mapping[str, Slot], everybody: Sequence[Any], words: _Words)
         return like_outline(open_checkpoint(words.like, family=words.family))
     union: dict[str, Target] = {}
     for rank in everybody:
+        tied = set(rank["tied"])
         for name, shape, dtype, _ in rank["held"]:
+            if name in tied:
+                continue  # written once, under its first name: readers tie it as the model does
             union.setdefault(name, Target(name, tuple(shape), dtype, tuple(((0, n),) for n in shape)))
     parts = [tuple(rank["shard"]) for rank in everybody if rank["shard"]]
     name = dtype_name(words.dtype) if words.dtype is not None else None
@@ -238,17 +255,9 @@ def _config(state: Into) -> bytes | None:
 def _prepare(outline: Outline, slots: Mapping[str, Slot], words: _Words) -> Prepared:
     plain = frozenset(name for name, slot in slots.items() if slot.plain)
     wish = Wish(family=outline.checkpoint.family, rename=words.rename, shard=words.shard, plain=plain)
-    first: dict[object, str] = {}
     prepared = prepare(outline.checkpoint, [slot.target for slot in slots.values()], wish)
-    homeless = []
-    for name in prepared.missing:
-        memory = slots[name].local.data_ptr(), slots[name].local.shape
-        first.setdefault(memory, name)
-        if not any(
-            other != name and other not in prepared.missing and slots[other].local.data_ptr() == memory[0]
-            for other in slots
-        ):
-            homeless.append(name)
+    tied = _tied(slots)
+    homeless = [name for name in prepared.missing if tied.get(name, name) in prepared.missing]
     if homeless:
         raise UnexpectedTensorError(
             "a place in the files for every tensor of the state",

@@ -1,20 +1,21 @@
-"""Tensors as targets: names, held runs and the plain local storage behind them. Asks DTensor for its own arithmetic.
+"""Tensors as targets: names, held runs and the plain local storage behind them, by DTensor's own arithmetic.
 
-Nothing is gathered, redistributed or replaced: a slot's `local` is the very memory the model reads. Rejected by name:
-meta tensors, tensor subclasses other than DTensor, `Partial` placements, tensors without strides.
+Nothing is gathered, redistributed or replaced: a slot's `local` is the very memory the model reads. Rejected
+by name: meta tensors, tensor subclasses other than DTensor, `Partial` placements, tensors without strides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
-from restow.boxes import Run, whole
+from restow.boxes import Run, held, whole
 from restow.errors import DtypeMismatchError, ShapeMismatchError, UsageError, show
 from restow.targets import Runs, Target
 from restow.torch.dtypes import NAME
@@ -41,7 +42,7 @@ class Slots(NamedTuple):
 
 
 def slots_of(into: Into, *, meta: bool = False) -> Slots:
-    """The slots of a module, of a list of them, or of a mapping. `meta=True` admits meta tensors (for planning)."""
+    """The slots of a module, of a list of them, or of a mapping. `meta=True` admits meta tensors."""
     slots: dict[str, Slot] = {}
     aliases: dict[str, str] = {}
     buffers: list[str] = []
@@ -53,7 +54,7 @@ def slots_of(into: Into, *, meta: bool = False) -> Slots:
         if name in slots or name in aliases:
             raise UsageError(f"one tensor by the name {show(name)}", "two in the modules given")
         slot = slot_of(name, tensor, meta=meta)
-        if any(n > 1 and stride == 0 for n, stride in zip(slot.local.shape, slot.local.stride(), strict=True)):
+        if 0 in (step for n, step in zip(slot.local.shape, slot.local.stride(), strict=True) if n > 1):
             raise UsageError(
                 f"memory of its own for every element of {show(name)}", "an expanded tensor", tensor=name
             )
@@ -68,7 +69,7 @@ def slots_of(into: Into, *, meta: bool = False) -> Slots:
 
 
 def slot_of(name: str, tensor: torch.Tensor, *, meta: bool = False) -> Slot:
-    """One tensor as a slot. Raises `UsageError` or `ShapeMismatchError` for what cannot be written in place."""
+    """One tensor as a slot. Raises `UsageError`, `ShapeMismatchError` for what cannot be written in place."""
     if isinstance(tensor, DTensor):
         local = tensor.to_local().detach()
         runs = placed_runs(name, tensor)
@@ -96,7 +97,7 @@ def slot_of(name: str, tensor: torch.Tensor, *, meta: bool = False) -> Slot:
             f"a dtype that safetensors can hold as {show(name)}", str(tensor.dtype), tensor=name
         )
     target = Target(name, tuple(tensor.shape), NAME[tensor.dtype], runs)
-    if target.local_shape != tuple(local.shape) and local.numel():
+    if target.local_shape != tuple(local.shape) and (local.numel() or all(target.local_shape)):
         raise ShapeMismatchError(
             f"local shape {list(target.local_shape)} for {show(name)}, as its placements give",
             f"{list(local.shape)}",
@@ -106,12 +107,20 @@ def slot_of(name: str, tensor: torch.Tensor, *, meta: bool = False) -> Slot:
 
 
 def placed_runs(name: str, tensor: DTensor) -> Runs:
-    """The index runs per dim that this rank holds, by the placements' own splitting of the dim's indices."""
+    """The index runs per dim that this rank holds, by the placements' own splitting of the dim's indices.
+
+    Where sizes are uneven, what `fully_shard` holds of a tensor that was sharded before is not always what
+    the same placements give when DTensor applies them: the local tensor's shape says which of them made it.
+    """
     mesh, shape = tensor.device_mesh, tuple(tensor.shape)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return tuple(() for _ in shape)
-    return runs_at(name, tensor.placements, tuple(mesh.shape), tuple(coordinate), shape)
+    where = (tuple(mesh.shape), tuple(coordinate), shape)
+    runs = runs_at(name, tensor.placements, *where)
+    if held(runs) != tuple(tensor.to_local().shape):
+        return runs_at(name, tensor.placements, *where, as_listed=True)
+    return runs
 
 
 def runs_at(
@@ -120,26 +129,57 @@ def runs_at(
     mesh: Sequence[int],
     coordinate: Sequence[int],
     shape: Sequence[int],
+    *,
+    as_listed: bool = False,
 ) -> Runs:
-    """What the rank at `coordinate` of a mesh of these sizes holds. Raises `UsageError` for `Partial`."""
-    indices: dict[int, torch.Tensor] = {}
+    """What the rank at `coordinate` of a mesh of these sizes holds. Raises `UsageError` for `Partial`.
+
+    Shards of one dim are cut in the order in which they came to be, or `as_listed`, as DTensor does.
+    """
+    cuts: dict[int, list[_Cut]] = {}
     for placement, ranks, rank in zip(placements, mesh, coordinate, strict=True):
         if isinstance(placement, Replicate):
             continue
-        if not isinstance(placement, Shard) or isinstance(placement, Partial):
+        if not isinstance(placement, Shard | _StridedShard):
             raise UsageError(
                 f"Shard or Replicate placements for {show(name)}",
                 f"{placement}",
                 tensor=name,
                 hint="a partial tensor holds a pending sum, no weights: reduce it first",
             )
-        dim = placement.dim % len(shape)
-        mine = indices.get(dim, torch.arange(shape[dim]))
-        parts, _ = placement._split_tensor(mine, ranks, with_padding=False, contiguous=False)
-        indices[dim] = parts[rank] if rank < len(parts) else mine[:0]
-    return tuple(
-        _as_runs(indices[dim]) if dim in indices else ((0, length),) for dim, length in enumerate(shape)
-    )
+        factor = placement.split_factor if isinstance(placement, _StridedShard) else 0
+        flat = _StridedShard(0, split_factor=factor) if factor else Shard(0)  # the indices of one dim
+        cuts.setdefault(placement.dim % len(shape), []).append(_Cut(flat, ranks, rank))
+    runs: list[tuple[Run, ...]] = [((0, length),) for length in shape]
+    for dim, listed in cuts.items():
+        mine = torch.arange(shape[dim])
+        for placement, ranks, rank in listed if as_listed else _as_cut(listed):
+            parts, _ = placement._split_tensor(mine, ranks, with_padding=False, contiguous=False)
+            mine = parts[rank] if rank < len(parts) else mine[:0]
+        runs[dim] = _as_runs(mine)
+    return tuple(runs)
+
+
+class _Cut(NamedTuple):
+    """One mesh dim's share in cutting a tensor's dim: how, into how many, and which of them is held here."""
+
+    placement: Shard | _StridedShard
+    ranks: int
+    rank: int
+
+
+def _as_cut(listed: Sequence[_Cut]) -> list[_Cut]:
+    """The cuts in the order in which they were made.
+
+    `fully_shard` puts its mesh dim left of those by which a tensor was sharded before, and counts their
+    shards in the split factor: such a cut was the last, and is a plain one of what the others left.
+    """
+    if not listed:
+        return []
+    (first, *rest), ranks = listed, prod(cut.ranks for cut in listed[1:])
+    if isinstance(first.placement, _StridedShard) and first.placement.split_factor == ranks:
+        return [*_as_cut(rest), first._replace(placement=Shard(0))]
+    return [first, *_as_cut(rest)]
 
 
 def _as_runs(indices: torch.Tensor) -> tuple[Run, ...]:

@@ -1,0 +1,176 @@
+"""Which parameter a wrapper's tensors are for, and which side its `lora_A` faces: from shapes, siblings, then versions.
+
+PEFT's fused files turned round between 0.19.0 and 0.19.1 under the same names, and `experts.lora_A` is the outermost
+wrapper, whatever it wraps: the parameter registered last among those targeted (PEFT 0.18.1 to 0.21.2, measured). Shapes
+of all tensors of a module are judged together; what they leave open is decided by another module of the file, then by
+`peft_version`, then not at all: the error names the option that decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, get_args
+
+from restow.adapter_config import AdapterConfig
+from restow.adapter_formats import ROLES, Faces, Kind, era_of, faces_of, parameter, rows
+from restow.adapter_keys import Found
+from restow.errors import AdapterError, show
+from restow.family import Family
+from restow.layout import solve_sizes
+from restow.notation import Row
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Options(NamedTuple):
+    """What the caller may say where files do not: the side that lora_A faces, the outermost wrapper's role, and
+    whether lora_B is folded expert-major (Unsloth before its marker)."""
+
+    faces: Faces | None = None
+    outer: str = "out"
+    expert_major: bool | None = None
+
+
+class Wrappers(NamedTuple):
+    """The wrappers of one experts module: role -> (name of lora_A, name of lora_B), and each role's depth."""
+
+    path: str
+    kind: Kind
+    names: Mapping[str, tuple[str, str]]
+    depth: Mapping[str, int]
+
+
+def wrapped_roles(
+    path: str, found: Sequence[Found], config: AdapterConfig, family: Family, shapes: Shapes,
+    sizes: Mapping[str, int], options: Options,
+) -> Wrappers:  # fmt: skip
+    """Which role each depth of a module's wrappers is for. Raises `AdapterError` where nothing says it."""
+    by_depth = {f.spelled.depth: (f.names["out.A"][()], f.names["out.B"][()]) for f in found}
+    kind: Kind = "wrapper" if len(shapes[by_depth[min(by_depth)][0]]) == 2 else "wrapper3"
+    order = ROLES if options.outer == "out" else tuple(reversed(ROLES))  # as registered: the last one is outermost
+    targets = config.names("target_parameters")
+    asked = [r for r in order if any(_ends(f"{path}.{parameter(family, r)}", t) for t in targets)]
+    if sorted(by_depth) != list(range(len(by_depth))) or len(by_depth) > len(ROLES):
+        raise AdapterError(
+            f"one wrapper for each parameter of {show(path)}, at most {len(ROLES)}",
+            f"wrappers at depths {sorted(by_depth)}",
+            tensor=by_depth[max(by_depth)][0],
+        )
+    if len(asked) == len(by_depth):
+        roles = asked
+    elif not asked and len(by_depth) == len(ROLES):
+        roles = list(order)
+    elif not asked and len(by_depth) == 1:
+        names = by_depth[0]
+        tries = [(r, Wrappers(path, kind, {r: names}, {r: 0})) for r in ROLES]
+        roles = [r for r, w in tries if any(fits(w, f, config, family, shapes, sizes) for f in get_args(Faces))]
+    else:
+        roles = []
+    if len(roles) != len(by_depth):
+        raise AdapterError(
+            f"target_parameters that say which parameter {show(by_depth[0][0])} is for",
+            f"{len(asked)} that match below {show(path)}" if asked else "none, and shapes that leave it open",
+            path=config.path,
+            tensor=by_depth[0][0],
+            hint="write target_parameters into the config as the adapter was trained",
+        )
+    depth = {role: len(roles) - 1 - i for i, role in enumerate(roles)}
+    return Wrappers(path, kind, {role: by_depth[depth[role]] for role in roles}, depth)
+
+
+def fits(
+    module: Wrappers, faces: Faces, config: AdapterConfig, family: Family, shapes: Shapes, sizes: Mapping[str, int]
+) -> bool:
+    """Whether all tensors of a module agree with each other, and with the sizes known, if lora_A faces this side."""
+    known = dict(sizes)
+    table = wrapper_rows(module, faces, family)
+    for role, pair in module.names.items():
+        of = dict(known)
+        if "e" not in of:  # (e r) is one dim: without the number of experts the config's rank parts it
+            of["r"] = config.of(f"{module.path}.{parameter(family, role)}")[0]
+        for factor, row in ((f, table[f"{role}.{f}"]) for f in "AB"):
+            fresh = solve_sizes(row, shapes[stored(pair, factor, faces)], of)
+            if fresh is None:
+                return False
+            of.update(fresh)
+        known.update({axis: n for axis, n in of.items() if axis != "r"})
+    return True
+
+
+def stored(pair: tuple[str, str], factor: str, faces: Faces) -> str:
+    """The name under which the factor A (input) or B (output) lies."""
+    return pair[(factor == "B") ^ (faces == "output")]
+
+
+def wrapper_rows(module: Wrappers, faces: Faces, family: Family, expert_major: bool = False) -> dict[str, Row]:
+    """The rows of a module's wrappers."""
+    return rows(module.kind, family, faces=faces, depth=module.depth, expert_major=expert_major)
+
+
+def decide_faces(
+    modules: Sequence[Wrappers], config: AdapterConfig, family: Family, shapes: Shapes,
+    sizes: Mapping[str, Mapping[str, int]], options: Options,
+) -> dict[str, tuple[Faces, str]]:  # fmt: skip
+    """By module path: the side that lora_A faces, and what decided it. Raises `AdapterError` where nothing does."""
+    possible = {
+        m.path: [f for f in get_args(Faces) if fits(m, f, config, family, shapes, sizes[m.path])] for m in modules
+    }
+    for m in modules:
+        if not possible[m.path]:
+            raise _no_fit(m, config, family, shapes, sizes[m.path])
+    decided = {path: (found[0], "shapes") for path, found in possible.items() if len(found) == 1}
+    open_ = [m for m in modules if m.path not in decided]
+    siblings = {faces for faces, _ in decided.values()}
+    era = era_of(config.version) if config.version else None
+    for m in open_:
+        if options.faces is not None:
+            decided[m.path] = (options.faces, "the option faces")
+        elif len(siblings) == 1:
+            decided[m.path] = (next(iter(siblings)), "other modules of the file")
+        elif m.kind == "wrapper3":
+            decided[m.path] = ("input", "its 3-D tensors")
+        elif era is not None:
+            decided[m.path] = (faces_of(era, family), f"peft_version {config.version}")
+        else:
+            raise _undecided(m, config, shapes)
+    wrong = [(p, f) for p, (f, _) in decided.items() if options.faces not in (None, f)]
+    if wrong:
+        raise AdapterError(
+            f"lora_A that faces the {options.faces}, as the option faces says",
+            f"shapes of {show(wrong[0][0])} in which it faces the {wrong[0][1]}",
+            path=config.path,
+            hint="leave the option out: shapes decide here",
+        )
+    return decided
+
+
+def _undecided(module: Wrappers, config: AdapterConfig, shapes: Shapes) -> AdapterError:
+    names = [name for pair in module.names.values() for name in pair]
+    return AdapterError(
+        f"shapes or a released peft_version that say which side lora_A of {show(module.path)} faces",
+        f"shapes that fit both, and peft_version {show(repr(config.raw.get('peft_version')))}",
+        path=config.path,
+        tensor=names[0],
+        sections=[("tensors", (f"{show(n)} {list(shapes[n])}" for n in names))],
+        hint='say faces="input" (PEFT 0.19.1 and later) or faces="output" (PEFT 0.18 and 0.19.0); --faces',
+    )
+
+
+def _no_fit(
+    module: Wrappers, config: AdapterConfig, family: Family, shapes: Shapes, sizes: Mapping[str, int]
+) -> AdapterError:
+    names = [name for pair in module.names.values() for name in pair]
+    known = ", ".join(f"{axis} = {n}" for axis, n in sizes.items() if axis in "edfp")
+    ranks = {config.of(f"{module.path}.{parameter(family, role)}")[0] for role in module.names}
+    return AdapterError(
+        f"tensors of {show(module.path)} that fit the base ({known}; rank {', '.join(map(str, sorted(ranks)))})",
+        f"shape {list(shapes[names[0]])}",
+        path=config.path,
+        tensor=names[0],
+        sections=[("tensors", (f"{show(n)} {list(shapes[n])}" for n in names))],
+        hint="this adapter was trained on a base of other sizes, or its tensors are exchanged",
+    )
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
