@@ -184,7 +184,7 @@ BAD = {
     "unknown family": (unknown, "UnsupportedFamilyError", "made_up"),
     "missing expert": (lacking, "MissingTensorError", E7),
     "wrong shape": (misshaped, "ShapeMismatchError", E7),
-    "two layouts": (twofold, "AmbiguousTensorError", "gate_up_proj"),
+    "two layouts": (twofold, "AmbiguousTensorError", "model.layers.0.mlp.experts"),
     "no such path": (lambda at: at, "MissingShardError", "no file"),
 }
 
@@ -350,10 +350,16 @@ def test_exit_codes_by_error() -> None:
     class Full(restow.errors.DestinationError):
         pass
 
+    refused = restow.errors
     codes = {
-        restow.errors.MissingTensorError("a", "b"): 1, restow.errors.UsageError("a", "b"): 2, Full("a", "b"): 3,
-        OSError(28, "full"): 3, MemoryError(): 3, KeyboardInterrupt(): 130, terminal.Signalled(15): 143,
-    }  # fmt: skip
+        refused.MissingTensorError("a", "b"): 1,
+        refused.UsageError("a", "b"): 2,
+        Full("a", "b"): 3,
+        OSError(28, "full"): 3,
+        MemoryError(): 3,
+        KeyboardInterrupt(): 130,
+        terminal.Signalled(15): 143,
+    }
     assert [terminal.code_of(error) for error in codes] == list(codes.values())
     assert terminal.failure_text(MemoryError()) == "MemoryError"
     assert terminal.failure_text(restow.errors.UsageError("\xe4", "b")).isascii()

@@ -14,11 +14,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import restow
 import tiny
 from moe_model import Config, MoEModel
 from moe_ranks import mesh_of, one, run, sequence
+from restow.torch.storage import runs_at
 
 WORLD = 4
 Folders = dict[tuple[int, str], Path]
@@ -137,14 +143,40 @@ def test_one_process(form: str, folders: Folders, expected: dict[int, torch.Tens
         assert close(model(sequence(2)), expected[12][2:3])
 
 
+@pytest.mark.parametrize(("experts", "dp", "ep"), [(12, 2, 2), (10, 2, 4), (7, 3, 2), (9, 4, 2), (3, 4, 4)])
+def test_ranges_are_what_fully_shard_really_holds(experts: int, dp: int, ep: int) -> None:
+    """7 experts on 3 x 2 ranks: DTensor's own reading of the placements would give two ranks other rows."""
+    whole = torch.arange(experts * 2.0).view(experts, 2)
+    seen: list[int] = []
+    for rank in range(dp * ep):
+        distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=dp * ep)
+        try:
+            mesh = init_device_mesh("cpu", (dp, ep), mesh_dim_names=("dp", "ep"))
+            own = whole.tensor_split([min(experts, i * -(-experts // ep)) for i in range(1, ep)])[rank % ep].clone()
+            sizes = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
+            module = nn.Linear(2, experts, bias=False)
+            module.weight = nn.Parameter(DTensor.from_local(own, mesh["ep"], [Shard(0)], **sizes))
+            fully_shard(module, mesh=mesh["dp"])
+        finally:
+            distributed.destroy_process_group()
+        local = module.weight.to_local().detach()
+        place = tuple(module.weight.device_mesh.shape), divmod(rank, ep), (experts, 2)
+        rows, cols = runs_at("weight", module.weight.placements, *place)
+        mine = [row for start, length in rows for row in range(start, start + length)]
+        assert torch.equal(whole[mine], local)
+        assert cols == ((0, 2),)
+        seen += mine
+    assert sorted(seen) == list(range(experts))
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of this process only."""
     met = f"file://{tmp_path / 'met'}"
-    torch.distributed.init_process_group("gloo", init_method=met, rank=0, world_size=1)
+    distributed.init_process_group("gloo", init_method=met, rank=0, world_size=1)
     yield
     mesh_of.cache_clear()
-    torch.distributed.destroy_process_group()
+    distributed.destroy_process_group()
 
 
 def test_the_check_can_fail(

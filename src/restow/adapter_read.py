@@ -194,7 +194,7 @@ class _Reader:
                 rank, alpha = self._ranks(found, role, label, ours[0])
                 if "e" in row.name_axes:
                     known.setdefault("e", 1 + max(i for i, *_ in ours[0]))
-                pair = self._pair(found.path, role, label, table, *ours, known, rank, alpha, found.spelled)
+                pair = self._pair(found.path, role, label, table, ours[0], ours[1], known, rank, alpha, found.spelled)
                 known.update({axis: n for axis, n in pair.sizes.items() if axis != "r"})
                 pairs.append(pair)
         return pairs

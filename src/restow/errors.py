@@ -151,6 +151,10 @@ class MissingTensorError(RestowError):
     """A tensor that must be there and is not."""
 
 
+class MissingExpertsError(MissingTensorError, RuntimeError):
+    """Weights of experts that this rank needs; a RuntimeError too, since callers of the mixin catch that."""
+
+
 class UnexpectedTensorError(RestowError):
     """A tensor that has no place."""
 
@@ -161,6 +165,10 @@ class AmbiguousTensorError(RestowError):
 
 class ShapeMismatchError(RestowError):
     """A tensor of another shape than its layout and the config give."""
+
+
+class ExpertShapeError(ShapeMismatchError, ValueError):
+    """A tensor of experts of another shape; a ValueError too, since callers of the mixin catch that."""
 
 
 class DtypeMismatchError(RestowError):

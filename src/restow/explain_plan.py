@@ -51,8 +51,8 @@ def _plan_lines(
 ) -> Iterator[Line]:
     total, experts, sums = data["bytes"], data["expert_bytes"], data["totals"]
     mesh, name = data["mesh"], data["into"]["layout"]
-    yield Line(f"{show(opened.path)}: {data['family'] or 'unknown family'}, {many(len(opened.tensors), 'tensor')}, "
-               f"{amount(total)}, {amount(experts)} of them experts", "head")  # fmt: skip
+    held = f"{many(len(opened.tensors), 'tensor')}, {amount(total)}, {amount(experts)} of them experts"
+    yield Line(f"{show(opened.path)}: {data['family'] or 'unknown family'}, {held}", "head")
     for group in alike(opened):
         where = "; ".join(runs_of([m.path for m in group]))
         yield field("from", f"{' = '.join(group[0].names)}: {where}")

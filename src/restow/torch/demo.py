@@ -54,9 +54,7 @@ def _story(keep: Path | None, data: dict[str, Any]) -> Iterator[Line]:
         taken = [name for name in _kept() if (keep / name).exists()]
         if taken:
             hint = "give --keep a new folder, or remove what an earlier demo left there"
-            raise DestinationExistsError(
-                "nothing by the names of the demo's files", taken[0], path=keep, hint=hint
-            )
+            raise DestinationExistsError("none of the demo's files there", taken[0], path=keep, hint=hint)
     with tempfile.TemporaryDirectory(prefix=".restow-demo-", dir=keep) as made:
         work = Path(made)
         yield from _on_disk(work / "checkpoint", data)

@@ -2,12 +2,12 @@
 
 Names are matched by their ends, so any prefix is taken and kept. Everything is judged before the first value is let
 go: missing experts, numbers and names that the model has no place for, shapes, quantised values. Then each grouped
-tensor is allocated at its final size and filled by the planned moves; its sources are dropped before the next one.
+tensor is allocated at its final size and filled by the planned moves, with nothing in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +30,6 @@ from restow.torch.mixin_mesh import HERE, Spread, grouped_spread
 from restow.torch.mixin_moves import Index, fill, indices
 from restow.torch.storage import slot_of
 
-State = MutableMapping[str, Any]
-
-
 class Group(NamedTuple):
     """The stored tensors of one role of one experts module: names by the indices of the row's name axes."""
 
@@ -41,9 +38,9 @@ class Group(NamedTuple):
     names: dict[Index, str]
 
 
-def native_name(group: Group, grouped: Layout) -> str:
-    """The name of the grouped tensor that a group becomes."""
-    return f"{group.path}.{name_of(grouped.row(group.row.role), (), {})}"
+def native_name(group: Group, target: Row) -> str:
+    """The name of the grouped tensor of `target` that a group becomes."""
+    return f"{group.path}.{name_of(target, (), {})}" if group.path else name_of(target, (), {})
 
 
 def groups_of(names: Sequence[str], layout: Layout, segment: str) -> dict[tuple[str, str], Group]:
@@ -124,16 +121,15 @@ def check_complete(
 
 
 def merge(
-    state: State,
+    state: Mapping[str, Any],
     group: Group,
     target: Row,
     sizes: Sizes,
     *,
     dtype: torch.dtype | None,
     mesh: DeviceMesh | None = None,
-    consume: bool = True,
 ) -> torch.Tensor:
-    """The grouped tensor of `target` that a group fills, on this rank's part of `mesh`; its sources leave `state`.
+    """The grouped tensor of `target` that a group of `state` fills, on this rank's part of `mesh`.
 
     `dtype` None keeps the sources' own. Raises `ExpertShapeError` for shapes that differ from each other or from
     `sizes`, `QuantizationError` for values that are no floats of 16 bits or more, and where the values given to this
@@ -143,7 +139,7 @@ def merge(
     sizes = _sizes(group, values, sizes)
     spread = grouped_spread(mesh) if mesh is not None else HERE
     shape = shape_of(target, sizes)
-    runs = spread.runs(native_name_of(group, target), shape)
+    runs = spread.runs(native_name(group, target), shape)
     here = _experts(target, runs)
     at = group.row.name_axes.index("e")
     held = {}
@@ -154,14 +150,7 @@ def merge(
     first = next(iter(values.values()))
     into = torch.empty(held_shape(runs), dtype=dtype or first.dtype, device=_device(first, spread))
     fill(group.row, target, sizes, held, {(): runs}, {(): into})
-    if consume:
-        for name in group.names.values():
-            del state[name]
     return spread.wrapped(into, shape)
-
-
-def native_name_of(group: Group, target: Row) -> str:
-    return f"{group.path}.{name_of(target, (), {})}"
 
 
 def _experts(row: Row, runs: Sequence[Sequence[tuple[int, int]]]) -> set[int]:

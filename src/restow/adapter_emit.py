@@ -1,0 +1,186 @@
+"""The config of a converted adapter: what was there is kept word for word, and only what would mean something else changes.
+
+Where ranks do not change, r, lora_alpha, both patterns and use_rslora stay verbatim, unused keys too. A module that PEFT
+would then scale otherwise than before (its name is another in the new format, or its rank has changed) gets a pattern
+of its own, before the others. Target fields are written so that they catch the modules of the file and no others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isclose
+from typing import Any
+
+from restow.adapter_base import Base
+from restow.adapter_config import AdapterConfig, Number, adapter_config, alpha_of
+from restow.adapter_formats import Format
+from restow.adapter_match import matches
+
+NEWEST = "0.21.2"
+VERSIONS = {"0.18": "0.18.1", "0.19.0": "0.19.0"}
+FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+          "target_parameters", "peft_version", "lora_dropout", "restow_layout")  # fmt: skip
+RENAMED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT takes for experts by the leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the config must say: `names` as PEFT asks for them, `tail` a key that means all like it."""
+
+    names: tuple[str, ...]
+    tail: str
+    rank: int
+    alpha: Number
+    expert: bool
+
+
+def scales(config: AdapterConfig, wanted: Iterable[Wanted], fmt: Format) -> AdapterConfig:
+    """The config with r, alpha and patterns that give every wanted name its rank and scale."""
+    todo = list(wanted)
+    if fmt.one_scale:
+        return _one_scale(config, todo, fmt)
+    if not (wrong := _wrong(config, todo)):
+        return config
+    defaults = Counter((w.rank, w.alpha) for w in todo)
+    if (config.rank, config.alpha) not in defaults:
+        rank, alpha = defaults.most_common(1)[0][0]
+        config = replace(config, rank=rank, alpha=alpha)
+        names = [name for w in todo for name in w.names]
+        config = replace(
+            config,
+            ranks={k: v for k, v in config.ranks.items() if any(matches(k, n) for n in names)},
+            alphas={k: v for k, v in config.alphas.items() if any(matches(k, n) for n in names)},
+        )
+        wrong = _wrong(config, todo)
+    tails = {w.tail: {(o.rank, o.alpha) for o in todo if o.tail == w.tail} for w in wrong}
+    added = _added(config, wrong, lambda w: w.tail if len(tails[w.tail]) == 1 else None)
+    if _wrong(added, todo):
+        added = _added(config, wrong, lambda w: None)
+    return added
+
+
+def _added(config: AdapterConfig, wrong: Sequence[Wanted], tail: Any) -> AdapterConfig:
+    """The config with a pattern, in front, for every name that it says wrong."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, Number] = {}
+    for w in wrong:
+        for key in [tail(w)] if tail(w) else [name.replace(".", r"\.") for name in w.names]:
+            said = [config.of(name) for name in w.names]
+            if any(rank != w.rank for rank, _ in said):
+                ranks[key] = w.rank
+            if any(alpha != w.alpha for _, alpha in said):
+                alphas[key] = w.alpha
+    return replace(
+        config,
+        ranks={**ranks, **{k: v for k, v in config.ranks.items() if k not in ranks}},
+        alphas={**alphas, **{k: v for k, v in config.alphas.items() if k not in alphas}},
+    )
+
+
+def _wrong(config: AdapterConfig, wanted: Iterable[Wanted]) -> list[Wanted]:
+    """Those for which PEFT would find another rank or another alpha."""
+    return [w for w in wanted if any(not same(config.of(name), (w.rank, w.alpha)) for name in w.names)]
+
+
+def says(config: AdapterConfig, wanted: Iterable[Wanted]) -> bool:
+    """Whether a config gives every wanted name its rank and alpha."""
+    return not _wrong(config, wanted)
+
+
+def same(a: tuple[int, Number], b: tuple[int, Number]) -> bool:
+    return a[0] == b[0] and isclose(a[1], b[1], rel_tol=1e-12)
+
+
+def _one_scale(config: AdapterConfig, wanted: Sequence[Wanted], fmt: Format) -> AdapterConfig:
+    """For readers that know one alpha / r: the caller has made all scales one."""
+    rank, alpha, rslora = one_scale(config, wanted, fmt)
+    return replace(config, rank=rank, alpha=alpha, rslora=rslora, ranks={}, alphas={})
+
+
+def one_scale(config: AdapterConfig, wanted: Sequence[Wanted], fmt: Format) -> tuple[int, Number, bool]:
+    """The one (r, alpha, use_rslora) of such a reader: the scale that most modules have, the config's own if it is it.
+
+    A rank that most have is kept as r. rsLoRA stays where every rank is r; elsewhere it becomes a plain alpha.
+    """
+    common = Counter(config.scale(w.rank, w.alpha) for w in wanted).most_common(1)
+    scale = common[0][0] if common else config.scale(config.rank, config.alpha)
+    ranks = Counter(w.rank for w in wanted)
+    rank = config.rank if config.rank in ranks or not ranks else ranks.most_common(1)[0][0]
+    rslora = config.rslora and not config.ranks and set(ranks) <= {rank} and fmt.kind != "stacked"
+    if isclose(config.scale(config.rank, config.alpha), scale, rel_tol=1e-12) and (
+        rank == config.rank and rslora == config.rslora
+    ):
+        return rank, config.alpha, rslora
+    return rank, alpha_of(rank, scale, rslora), rslora
+
+
+def written(config: AdapterConfig, **changes: Any) -> dict[str, Any]:
+    """The fields of a file: the source's, with what the config says now; unchanged fields stay as they were spelled."""
+    raw = dict(config.raw)
+    values = {
+        "r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.rslora,
+        "rank_pattern": dict(config.ranks), "alpha_pattern": dict(config.alphas), **changes,
+    }  # fmt: skip
+    before = adapter_config(config.raw)
+    had = {"r": before.rank, "lora_alpha": before.alpha, "use_rslora": before.rslora,
+           "rank_pattern": dict(before.ranks), "alpha_pattern": dict(before.alphas)}  # fmt: skip
+    for field, value in values.items():
+        if field in had and value == had[field] and list_of(value) == list_of(had[field]):
+            continue
+        raw[field] = value
+    return raw
+
+
+def list_of(value: object) -> object:
+    return list(value.items()) if isinstance(value, Mapping) else value
+
+
+def target_modules(config: AdapterConfig, plain: Sequence[str], base: Base) -> list[str]:
+    """Entries that catch these ordinary modules (full paths) and nothing else that the base has.
+
+    The source's own entries are kept where they do; a leaf that PEFT would take for the experts' (RENAMED) is written
+    with the segments before it.
+    """
+    names = config.raw.get("target_modules")
+    given = [str(n) for n in names] if isinstance(names, list | tuple | set) else []
+    linear = [n.removesuffix(".weight") for n in base.canonical_weights if n.endswith(".weight")]
+    other = set(linear) - {base.family.canonical(p) for p in plain} if base.checkpoint is not None else set()
+    kept: list[str] = []
+    left = list(plain)
+    for entry in given:
+        ours = [p for p in plain if _ends(p, entry)]
+        if ours and entry not in RENAMED and not any(_ends(o, entry) for o in other):
+            kept.append(entry)
+            left = [p for p in left if p not in ours]
+    for module in left:
+        if any(_ends(module, entry) for entry in kept):
+            continue
+        segments = module.split(".")
+        for count in range(1, len(segments) + 1):
+            entry = ".".join(segments[-count:])
+            if segments[-count].isdecimal() and count < len(segments):
+                continue
+            caught = any(_ends(o, entry) for o in other)
+            unsure = base.checkpoint is None and any(s.isdecimal() for s in segments) and entry not in given
+            if entry not in RENAMED and not caught and (not unsure or count == len(segments)):
+                kept.append(entry)
+                break
+        else:
+            kept.append(module)
+    return kept
+
+
+def target_parameters(config: AdapterConfig, ours: Sequence[str], tails: Sequence[str], every: bool) -> list[str]:
+    """Entries for the experts' parameters: their tails where every layer has them, else full names; others stay."""
+    given = config.names("target_parameters")
+    stay = [t for t in given if not any(_ends(name, t) for name in ours)]
+    mine = [t for t in given if any(_ends(name, t) for name in ours)]
+    if every and mine and all(any(_ends(n, t) for t in mine) for n in ours):
+        return list(given)
+    return [*(dict.fromkeys(tails if every else ours)), *stay]
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
