@@ -1,4 +1,4 @@
-"""Small MoE checkpoints and their meaning, independent of restow: weights by role and axis, spelled by einops.
+"""Small MoE checkpoints and their meaning, without restow: weights by role and axis, spelled by einops.
 
 A `Model` knows its weights as arrays over (e, p, f, d); every element of every tensor is a number of its own.
 `spelled` gives the tensors of any layout, by name; `written` puts them into a folder with a config.
@@ -65,7 +65,9 @@ class Model:
         out["lm_head.weight"] = numbers([13, self.d], self.dtype, 302)
         return out
 
-    def spelled(self, layout: str | Layout, *, others: bool = True, take: Sequence[int] | None = None) -> Tensors:
+    def spelled(
+        self, layout: str | Layout, *, others: bool = True, take: Sequence[int] | None = None
+    ) -> Tensors:
         """Every tensor of the model with its experts in `layout`; `take` picks experts, in that order."""
         if isinstance(layout, str):
             layout = restow.families[self.family].form(layout)
@@ -79,7 +81,9 @@ class Model:
                     out.update({f"{prefix}.{n}": t for n, t in spell(row, AXES[row.role], whole).items()})
         return out
 
-    def written(self, folder: Path, layout: str | Layout = "split", files: int = 2, **extra: torch.Tensor) -> Path:
+    def written(
+        self, folder: Path, layout: str | Layout = "split", files: int = 2, **extra: torch.Tensor
+    ) -> Path:
         """A folder with config, index and `files` shards."""
         return write(folder, {**self.spelled(layout), **extra}, self.config, files)
 
@@ -92,10 +96,12 @@ class Model:
 
 
 def numbers(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """A tensor whose bits count on from element to element, and whose values are finite: all different where they can be."""
+    """A tensor whose bits count on from element to element; its values are finite, and differ where they can."""
     count = prod(shape)
     if dtype in (torch.int64, torch.int32, torch.int16, torch.float32, torch.float64):
-        return (torch.arange(count, dtype=torch.float64) + 1 + seed * 100_003 % 30_011).to(dtype).reshape(shape)
+        return (
+            (torch.arange(count, dtype=torch.float64) + 1 + seed * 100_003 % 30_011).to(dtype).reshape(shape)
+        )
     bits = {2: torch.int16, 1: torch.uint8}[dtype.itemsize]
     top = {torch.bfloat16: 0x4000, torch.float16: 0x4000}.get(dtype, 0x70)
     return ((torch.arange(count) * 1 + seed * 977) % top).to(bits).view(dtype).reshape(shape)
@@ -128,7 +134,7 @@ def spell(row: Row, axes: str, whole: torch.Tensor) -> Tensors:
 def write(
     folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, object] | None, files: int = 1
 ) -> Path:
-    """Tensors as a folder of `files` shards, names dealt out in turn so that every module lies in all of them."""
+    """Tensors as a folder of `files` shards, names dealt out in turn: every module lies in all of them."""
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
@@ -174,7 +180,7 @@ def differing(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tens
 
 
 def simulated(plan: Plan, sources: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """What a plan does to int64 destinations of -1, from whole source tensors; writing a place twice fails."""
+    """What a plan does to int64 destinations of -1, from whole sources; writing a place twice fails."""
     out = {target.name: np.full(target.local_shape, -1, np.int64) for target in plan.targets}
     for copy in plan.copies:
         target, pattern = plan.targets[copy.target], plan.patterns[copy.pattern]

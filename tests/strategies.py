@@ -1,14 +1,14 @@
 """Random layouts, sizes, cuts and held parts for property tests, and the brute-force meaning of a row.
 
-A role here has the axes of a gated weight or of a bias. A row puts them in any order, any of them in the name, the
-others in any groups. What such a row stores is told by einops alone: `stored` never asks restow.
+A role here has the axes of a gated weight or of a bias. A row puts them in any order, any of them in the
+name, the others in any groups. What such a row stores is told by einops alone: `stored` never asks restow.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
 
@@ -61,7 +61,9 @@ def rows(draw: st.DrawFn, role: Role, words: Sequence[str] = ("gate", "up", "thi
     parts = ["x"]
     for axis in named:
         labels = "|".join(words[: role.sizes[axis]]) if axis == "p" else ""
-        parts.append("{p:" + labels + "}_proj" if labels else draw(st.sampled_from(["{%s}", "ex_{%s}"])) % axis)
+        parts.append(
+            "{p:" + labels + "}_proj" if labels else draw(st.sampled_from(["{%s}", "ex_{%s}"])) % axis
+        )
     groups: list[list[str]] = []
     for axis in dims:
         if groups and draw(st.booleans()):
@@ -79,7 +81,7 @@ def legal(axis: str) -> str:
 
 
 def stored(row: Row, role: Role) -> list[np.ndarray]:
-    """The arrays that a row stores of a role, in the order of the name's indices: einops over the row's own text."""
+    """The arrays that a row stores of a role, in the order of the name's indices: einops over its own text."""
     left = " ".join(map(legal, role.axes))
     dims = " ".join(
         f"({' '.join(legal(str(f)) for f in dim.factors)})" if dim.factors else "1" for dim in row.dims
@@ -98,7 +100,7 @@ def held_runs(draw: st.DrawFn, length: int) -> tuple[Run, ...]:
     if kind == "empty":
         return draw(st.sampled_from([(), ((0, 0),)]))
     cuts = sorted(draw(st.sets(st.integers(0, length), min_size=2, max_size=2 if kind == "one" else 6)))
-    runs = [(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    runs = [(a, b - a) for a, b in pairwise(cuts)]
     if kind != "one":
         runs = [run for run in runs if draw(st.booleans())] or runs[:1]
     return tuple(draw(st.permutations(runs)) if kind == "shuffled" else runs)

@@ -15,7 +15,11 @@ from restow.torch.dtypes import torch_dtype
 
 nemo = pytest.importorskip("nemo_automodel.components.moe.state_dict_mixin")
 
-CASES = [("qwen3_moe", "mlp.experts", True), ("deepseek_v3", "mlp.experts", True), ("nemotron_h", "mixer.experts", False)]
+CASES = [
+    ("qwen3_moe", "mlp.experts", True),
+    ("deepseek_v3", "mlp.experts", True),
+    ("nemotron_h", "mixer.experts", False),
+]
 
 
 class Adapter(nemo.MoESplitExpertsStateDictMixin):

@@ -19,12 +19,19 @@ from moe import Tensors, differing
 from restow.errors import PrecisionError, RestowError
 from restow.torch.dtypes import torch_dtype
 
-FAMILIES = [pytest.param(name, marks=pytest.mark.slow if family.slow else ()) for name, family in tiny.FAMILIES.items()]
+FAMILIES = [
+    pytest.param(name, marks=pytest.mark.slow if family.slow else ())
+    for name, family in tiny.FAMILIES.items()
+]
 FORMS = {"hub": True, "runtime": False}
 VISION = {  # fused and permuted on the hub: no rename can say that, so both sides are left out by name
     ("step3p7", True): {
-        "allow_missing": [f"model.vision_model.layers.0.self_attn.{x}_proj.{kind}" for x in "qkv" for kind in ("weight", "bias")],
-        "allow_unused": ["vision_model.transformer.resblocks.0.attn.in_proj_weight", "vision_model.transformer.resblocks.0.attn.in_proj_bias"],
+        "allow_missing": [
+            f"model.vision_model.layers.0.self_attn.{x}_proj.{kind}" for x in "qkv" for kind in ("weight", "bias")
+        ],
+        "allow_unused": [
+            f"vision_model.transformer.resblocks.0.attn.in_proj_{kind}" for kind in ("weight", "bias")
+        ],
     }
 }  # fmt: skip
 
@@ -102,7 +109,10 @@ def grouped_of(model: torch.nn.Module, family_id: str) -> dict[int, Tensors]:
     """The grouped tensors of every experts module, by layer, from the parameters in memory."""
     formula = FORMULAS.get(family_id, from_fused)
     return {
-        layer_of(path): {name: t.clone(memory_format=torch.contiguous_format) for name, t in formula(dict(module.named_parameters())).items()}
+        layer_of(path): {
+            name: t.clone(memory_format=torch.contiguous_format)
+            for name, t in formula(dict(module.named_parameters())).items()
+        }
         for path, module in model.named_modules()
         if re.search(r"\bexperts$", path)
     }
@@ -134,7 +144,9 @@ def test_into_grouped_tensors(family_id: str, form: str, sizes: str) -> None:
     for layer, tensors in wanted.items():
         assert differing(found[layer], tensors) == []
     files = {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
-    assert differing(into, {name: files[name] for name in into}) == [], "other tensors are as they are in the files"
+    assert differing(into, {name: files[name] for name in into}) == [], (
+        "other tensors are as they are in the files"
+    )
 
 
 @pytest.mark.parametrize("family_id", ["mixtral", "gpt_oss", "dbrx", "nemotron_h", "llama4_text"])
@@ -162,7 +174,12 @@ def test_bfloat16_models(family_id: str) -> None:
 
 @pytest.mark.parametrize(
     ("family_id", "word"),
-    [("minimax_m2", "e_score_correction_bias"), ("step3p7", "router_bias"), ("deepseek_v3", None), ("qwen3_moe", None)],
+    [
+        ("minimax_m2", "e_score_correction_bias"),
+        ("step3p7", "router_bias"),
+        ("deepseek_v3", None),
+        ("qwen3_moe", None),
+    ],
 )
 def test_float32_files_into_a_bfloat16_model(family_id: str, word: str | None) -> None:
     """Correction biases stay float32 or are refused; all else is narrowed and told."""
@@ -183,7 +200,9 @@ def test_float32_files_into_a_bfloat16_model(family_id: str, word: str | None) -
     source = tiny.build(family_id).state_dict()
     wanted = {n: t if n in exact else t.to(torch.bfloat16) for n, t in source.items()}
     assert differing(model.state_dict(), wanted) == sorted(left.get("allow_missing", []))
-    assert set(report.narrowed) == {n for n in wanted if n not in exact and n not in left.get("allow_missing", [])}
+    assert set(report.narrowed) == {
+        n for n in wanted if n not in exact and n not in left.get("allow_missing", [])
+    }
 
 
 @pytest.mark.parametrize("family_id", ["mixtral", "qwen3_moe", "gpt_oss", "step3p7", "dbrx", "granitemoe"])
@@ -191,7 +210,9 @@ def test_a_wrong_number_of_experts_in_the_config_is_found(family_id: str, tmp_pa
     shutil.copytree(tiny.saved(family_id), tmp_path / "m")
     file = tmp_path / "m" / "config.json"
     text = json.dumps(json.loads(file.read_text()), sort_keys=True)
-    changed = re.sub(r'("(?:moe_num_experts|num_experts|num_local_experts|n_routed_experts)": )12', r"\g<1>13", text)
+    changed = re.sub(
+        r'("(?:moe_num_experts|num_experts|num_local_experts|n_routed_experts)": )12', r"\g<1>13", text
+    )
     assert changed != text
     file.write_text(changed)
     with pytest.raises(RestowError, match=r"13|expert"):

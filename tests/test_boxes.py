@@ -37,7 +37,8 @@ def test_the_boxes_of_a_run_hold_its_elements_in_order(sizes: tuple[int, ...], d
         pytest.param((6,), 2, 3, (((2, 3),),), id="one axis"),
         pytest.param((2, 3), 0, 6, (((0, 2), (0, 3)),), id="whole"),
         pytest.param((2, 3), 1, 4, (((0, 1), (1, 2)), ((1, 1), (0, 2))), id="across the middle"),
-        pytest.param((4, 3), 1, 10, (((0, 1), (1, 2)), ((1, 2), (0, 3)), ((3, 1), (0, 2))), id="head, body, tail"),
+        pytest.param((4, 3), 1, 10, (((0, 1), (1, 2)), ((1, 2), (0, 3)), ((3, 1), (0, 2))),
+                     id="head, body, tail"),
         pytest.param((2, 3), 4, 0, (), id="nothing"),
     ],
 )  # fmt: skip

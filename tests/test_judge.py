@@ -367,8 +367,7 @@ expected shape [12, 16, 8] for model.layers.1.mlp.experts.down_proj, found [12, 
   sizes     d = 16, e = 12, f = 8, p = 2
   try       check config.json against the files: sizes come from the config first, shapes must agree""",
     "T17_no_prefix": """\
-expected names that begin with model., as a whole qwen3_moe model has them, found names without it: an export
-without its head
+expected names that begin with model. in a whole qwen3_moe model, found none: an export without its head
   missing   model.embed_tokens.weight
             model.norm.weight
   found     embed_tokens.weight

@@ -150,7 +150,9 @@ REFUSED = {
     ),
     "a size with two words": (
         "e = a b",
-        "expected AXIS = PATH [+ PATH], or AXIS@ROLE = ..., found 'e = a b'\n  row       e = a b\n            ^^^^^^^",
+        "expected AXIS = PATH [+ PATH], or AXIS@ROLE = ..., found 'e = a b'\n"
+        "  row       e = a b\n"
+        "            ^^^^^^^",
     ),
 }
 

@@ -24,7 +24,17 @@ from restow.errors import (
 )
 from restow.targets import Shard
 
-FORMS = ["split", "fused", "grouped", "stacked", "torchtitan", "epfd", "megatron", "megatron_sequential", "mlx"]
+FORMS = [
+    "split",
+    "fused",
+    "grouped",
+    "stacked",
+    "torchtitan",
+    "epfd",
+    "megatron",
+    "megatron_sequential",
+    "mlx",
+]
 SMALL = Model()
 PAINTS = (0x5A, 0xA5)
 
@@ -151,7 +161,10 @@ def test_parts_of_larger_experts(part: tuple[str, int, int], tmp_path: Path) -> 
     shard = Shard(*part)
     plan = restow.plan(source, shard=shard)
     start, n = shard.run(getattr(model, part[0]))
-    dims = {"gate_and_up_projs": {"e": (0,), "d": (1,), "f": (3,)}, "down_projs": {"e": (0,), "f": (1,), "d": (2,)}}
+    dims = {
+        "gate_and_up_projs": {"e": (0,), "d": (1,), "f": (3,)},
+        "down_projs": {"e": (0,), "f": (1,), "d": (2,)},
+    }
     wanted = {}
     for name, tensor in model.spelled("grouped").items():
         axis = dims.get(name.rpartition(".")[2], {}).get(part[0])
@@ -167,7 +180,10 @@ def test_parts_of_larger_experts(part: tuple[str, int, int], tmp_path: Path) -> 
 
 def test_a_rank_without_experts_reads_none(folder: Path) -> None:
     shard = Shard("e", 11, 12)
-    into = {t.name: torch.empty(t.local_shape, dtype=torch.bfloat16) for t in restow.plan(folder, shard=shard).targets}
+    into = {
+        t.name: torch.empty(t.local_shape, dtype=torch.bfloat16)
+        for t in restow.plan(folder, shard=shard).targets
+    }
     assert all(t.numel() == 0 for name, t in into.items() if ".experts." in name)
     report = restow.load(folder, into, shard=shard)
     assert report.bytes_read == sum(t.nbytes for t in SMALL.others.values())
@@ -178,7 +194,9 @@ def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
            "model.d": torch.tensor([[7]]), "model.e": torch.tensor(True)}  # fmt: skip
     source = SMALL.written(tmp_path, **odd)
     check_places(source, {**SMALL.spelled("grouped"), **odd}, "packed")
-    check_places({**SMALL.spelled("fused"), **odd}, {**SMALL.spelled("grouped"), **odd}, "padded", family="qwen3_moe")
+    check_places(
+        {**SMALL.spelled("fused"), **odd}, {**SMALL.spelled("grouped"), **odd}, "padded", family="qwen3_moe"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -298,12 +316,15 @@ def test_a_source_tensor_without_a_place_is_refused_and_nothing_touched(folder: 
         "expected a place for every tensor of the source, found 1 without one\n"
         "  unused    model.norm.weight\n"
         f"  in        {folder}\n"
-        "  try       rename= says how names differ, part=True that this is a piece, allow_unused= leaves them out"
+        "  try       rename= says how names differ, part=True that this is a piece, "
+        "allow_unused= leaves them out"
     )
     assert differing(into, before) == []
 
 
-@pytest.mark.parametrize("patterns", [["model.norm.weight"], ["*.norm.*"], ["model.[mn]orm.weight", "*norm*"]], ids=str)
+@pytest.mark.parametrize(
+    "patterns", [["model.norm.weight"], ["*.norm.*"], ["model.[mn]orm.weight", "*norm*"]], ids=str
+)
 def test_patterns_that_allow(folder: Path, patterns: list[str]) -> None:
     into = into_grouped()
     del into["model.norm.weight"]
@@ -318,12 +339,23 @@ def test_patterns_that_allow(folder: Path, patterns: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"allow_missing": ["*.lora"]}, "expected allow_missing patterns that match something, found '*.lora', which matches nothing"),
-        ({"allow_unused": ["Model.*"]}, "expected allow_unused patterns that match something, found 'Model.*', which matches nothing"),
-        ({"allow_unused": "model.*"}, "expected allow_unused as a list of patterns, found the text 'model.*'"),
+        (
+            {"allow_missing": ["*.lora"]},
+            "expected allow_missing patterns that match something, found '*.lora', which matches nothing",
+        ),
+        (
+            {"allow_unused": ["Model.*"]},
+            "expected allow_unused patterns that match something, found 'Model.*', which matches nothing",
+        ),
+        (
+            {"allow_unused": "model.*"},
+            "expected allow_unused as a list of patterns, found the text 'model.*'",
+        ),
     ],
 )  # fmt: skip
-def test_patterns_that_match_nothing_are_refused(folder: Path, options: dict[str, list[str]], text: str) -> None:
+def test_patterns_that_match_nothing_are_refused(
+    folder: Path, options: dict[str, list[str]], text: str
+) -> None:
     into = into_grouped()
     with pytest.raises(UsageError) as caught:
         restow.load(folder, into, **options)
@@ -362,7 +394,9 @@ class Experts(nn.Module):
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=tensor.is_floating_point()))
+            self.register_parameter(
+                name, nn.Parameter(tensor.clone(), requires_grad=tensor.is_floating_point())
+            )
 
 
 def module_of(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -541,7 +575,8 @@ def test_a_source_that_was_replaced_after_it_was_opened(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError) as caught:
         restow.load(source, into_grouped())
     assert str(caught.value) == (
-        "expected a source that stays as it was when its header was read, found another file, size or time of change\n"
+        "expected a source that stays as it was when its header was read, found another file, "
+        "size or time of change\n"
         f"  in        {file}\n"
         "  try       run again once nobody writes to the checkpoint; what was loaded may be a mix"
     )
@@ -569,9 +604,11 @@ def test_a_source_that_vanished(tmp_path: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_progress_is_told_by_the_calling_thread_and_grows(folder: Path, threads: int) -> None:
     told: list[tuple[int, int, int]] = []
-    report = restow.load(
-        folder, into_grouped(), threads=threads, progress=lambda done, total: told.append((done, total, threading.get_ident()))
-    )  # fmt: skip
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total, threading.get_ident()))
+
+    report = restow.load(folder, into_grouped(), threads=threads, progress=tell)
     assert {who for *_, who in told} == {threading.get_ident()}
     assert [done for done, *_ in told] == sorted(done for done, *_ in told)
     assert told[-1][:2] == (report.bytes_read, report.bytes_read)
@@ -615,12 +652,14 @@ def test_a_report_tells_itself(folder: Path) -> None:
         f"{len(into)} tensors filled in place: {count} bytes read, {count} written, T\n"
         "  unused: model.norm.weight"
     )
-    assert report.bytes_read == sum(t.nbytes for n, t in SMALL.spelled("split").items() if n != "model.norm.weight")
+    assert report.bytes_read == sum(
+        t.nbytes for n, t in SMALL.spelled("split").items() if n != "model.norm.weight"
+    )
 
 
 def test_no_file_is_written_and_none_stays_open(folder: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    names = sorted(os.listdir(folder))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    names = sorted(folder.iterdir())
     restow.load(folder, into_grouped())
-    assert len(os.listdir("/proc/self/fd")) == before
-    assert sorted(os.listdir(folder)) == names
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert sorted(folder.iterdir()) == names

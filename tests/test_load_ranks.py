@@ -1,4 +1,4 @@
-"""Ranks: DTensors of any placement filled by every rank for itself, against what DTensor itself would hold."""
+"""Ranks: DTensors of any placement, filled by every rank for itself, against what DTensor would hold."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ TEN = EIGHT.but(e=10)
 Case = tuple[str, Model, str, Sequence[int], Sequence[Any]]  # id, model, layout, mesh, placements
 
 TALKS = [
-    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier", "scatter",
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier",
+    "scatter",
     "broadcast_object_list", "gather", "gather_object", "scatter_object_list", "reduce_scatter", "reduce",
     "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv",
     "monitored_barrier", "new_group", "batch_isend_irecv",
@@ -68,7 +69,7 @@ def silence() -> Iterator[None]:
 
 
 def on_ranks(world: int, folder: Path, work: Callable[..., Any], *arguments: object) -> list[Any]:
-    """`work(rank, *arguments)` in `world` forked processes that form a gloo group; what each returned, or raises."""
+    """`work(rank, *arguments)` in `world` forked processes of one gloo group: what each returned, or raises."""
     pipes = []
     for rank in range(world):
         ours, theirs = os.pipe()
@@ -78,7 +79,9 @@ def on_ranks(world: int, folder: Path, work: Callable[..., Any], *arguments: obj
             outcome: tuple[bool, Any]
             try:
                 torch.set_num_threads(1)
-                dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world
+                )
                 outcome = True, work(rank, *arguments)
                 dist.destroy_process_group()
             except BaseException:
@@ -103,7 +106,9 @@ def on_ranks(world: int, folder: Path, work: Callable[..., Any], *arguments: obj
 def distributed(full: Tensors, mesh: Any, placements: Sequence[Any], only: str = ".experts.") -> Tensors:
     """What DTensor itself makes of whole tensors, without a word between the ranks."""
     return {
-        name: distribute_tensor(tensor, mesh, list(placements), src_data_rank=None) if only in name else tensor
+        name: distribute_tensor(tensor, mesh, list(placements), src_data_rank=None)
+        if only in name
+        else tensor
         for name, tensor in full.items()
     }
 
@@ -117,7 +122,8 @@ def blank(tensors: Tensors, byte: int) -> Tensors:
         raw(paint).fill_(byte)
         if isinstance(tensor, DTensor):
             out[name] = DTensor.from_local(
-                paint, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+                paint, tensor.device_mesh, tensor.placements, run_check=False,
+                shape=tensor.shape, stride=tensor.stride(),
             )  # fmt: skip
         else:
             out[name] = paint
@@ -189,8 +195,11 @@ def talk(rank: int) -> list[str]:
     mesh = init_device_mesh("cpu", (2,))
     tensor = distribute_tensor(torch.ones(4), mesh, [S0], src_data_rank=None)
     calls: list[Callable[[], object]] = [
-        lambda: dist.all_reduce(torch.ones(1)), lambda: dist.barrier(), lambda: tensor.full_tensor(), lambda: tensor.redistribute(mesh, [R]),
-    ]  # fmt: skip
+        lambda: dist.all_reduce(torch.ones(1)),
+        lambda: dist.barrier(),
+        lambda: tensor.full_tensor(),
+        lambda: tensor.redistribute(mesh, [R]),
+    ]
     out = []
     with silence():
         for call in calls:
@@ -263,7 +272,7 @@ def test_fully_shard(tmp_path: Path) -> None:
 
 
 def expert_modules(rank: int, cases: Sequence[tuple[Path, Model, bool]]) -> list[list[str]]:
-    """`fully_shard` over experts that EP sharded before, against a chunk of a chunk and not against DTensor."""
+    """`fully_shard` over experts that EP sharded before: against a chunk of a chunk, not against DTensor."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "ep"))
     outer, inner = mesh.get_coordinate()
     out = []
@@ -278,7 +287,8 @@ def expert_modules(rank: int, cases: Sequence[tuple[Path, Model, bool]]) -> list
             restow.load(folder, module)
         found = {n: p.to_local().detach().contiguous() for n, p in module.named_parameters()}
         wanted = {
-            n: cut(cut(t, 2, inner) if ".experts." in n else t, 2, outer).contiguous() for n, t in full.items()
+            n: cut(cut(t, 2, inner) if ".experts." in n else t, 2, outer).contiguous()
+            for n, t in full.items()
         }
         out.append([n for n in differing(found, wanted) if found[n].numel() or wanted[n].numel()])
     return out
@@ -323,7 +333,9 @@ def test_runs_are_what_dtensor_holds(rank: int) -> None:
                 local = tensor.to_local().numpy()
                 assert (local.size == 0) == (np.prod(target.local_shape) == 0), placements
                 if local.size:
-                    np.testing.assert_array_equal(part_of(full.numpy(), target.runs), local, err_msg=str(placements))
+                    np.testing.assert_array_equal(
+                        part_of(full.numpy(), target.runs), local, err_msg=str(placements)
+                    )
     finally:
         dist.destroy_process_group()
 

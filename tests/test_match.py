@@ -76,11 +76,13 @@ TABLE = [
     pytest.param("in w{e} f", "a.w3", [(0, "in", "a", (3,))], id="a number inside a segment"),
     pytest.param("in w{e} f", "a.w03", [], id="a leading zero inside a segment"),
     pytest.param("in w{e}w f", "a.w", [], id="before and after overlap"),
-    pytest.param("in w{e} f\nout w{p:1|3} f", "a.w1", [(0, "in", "a", (1,)), (0, "out", "a", (0,))], id="two rows"),
+    pytest.param("in w{e} f\nout w{p:1|3} f", "a.w1", [(0, "in", "a", (1,)), (0, "out", "a", (0,))],
+                 id="two rows"),
     pytest.param("in {e+E}.w f", "a.70.w", [(0, "in", "a", (6,))], id="a second bank"),
     pytest.param("in {e+E}.w f", "a.63.w", [], id="the first bank"),
     pytest.param("in {f}.x.{e} d", "a.2.x.5", [(0, "in", "a", (2, 5))], id="two numbers, outer first"),
-    pytest.param("in {e}.{p:gate|up}.{f} d", "a.2.up.5", [(0, "in", "a", (2, 1, 5))], id="numbers around labels"),
+    pytest.param("in {e}.{p:gate|up}.{f} d", "a.2.up.5", [(0, "in", "a", (2, 1, 5))],
+                 id="numbers around labels"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Moves: any row of a role to any other, whatever is held on both sides, against einops and an element loop."""
+"""Moves: any row of a role to any other, whatever both sides hold, against einops and an element loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from restow.boxes import held, whole
@@ -156,9 +156,7 @@ def test_rows_of_other_axes_are_refused(
     a: str, b: str, sizes: dict[str, int], error: type[Exception], text: str
 ) -> None:
     one, two = parse_row("in " + a), parse_row("in " + b)
-    source, target = (
-        Side(row, freeze(sizes), ((whole([1] * len(row.dims)),),)) for row in (one, two)
-    )
+    source, target = (Side(row, freeze(sizes), ((whole([1] * len(row.dims)),),)) for row in (one, two))
     with pytest.raises(error) as caught:
         moves(source, target)
     assert str(caught.value) == text

@@ -43,9 +43,15 @@ ROWS = {
         "in.codes x e d/32 16",
         Row("in.codes", ("x",), (*axes("e"), Dim((Factor("d", 32),)), Dim((Factor("", 1, 16),)))),
     ),
-    "a fixed size in a group": ("in x (f 16) d", Row("in", ("x",), (Dim((Factor("f"), Factor("", 1, 16))), *axes("d")))),
+    "a fixed size in a group": (
+        "in x (f 16) d",
+        Row("in", ("x",), (Dim((Factor("f"), Factor("", 1, 16))), *axes("d"))),
+    ),
     "a scalar": ("in.scale2 {e}.s -", Row("in.scale2", (E, ".s"), ())),
-    "a grid": ("in.scale x f/128 d/128", Row("in.scale", ("x",), (Dim((Factor("f", 128),)), Dim((Factor("d", 128),))))),
+    "a grid": (
+        "in.scale x f/128 d/128",
+        Row("in.scale", ("x",), (Dim((Factor("f", 128),)), Dim((Factor("d", 128),)))),
+    ),
     "a grid a projection": (
         "in.scale x (p f/128) d",
         Row("in.scale", ("x",), (Dim((Factor("p"), Factor("f", 128))), *axes("d"))),
@@ -54,8 +60,14 @@ ROWS = {
         "in.scale x (p f)/128 d",
         Row("in.scale", ("x",), (Dim((Factor("p"), Factor("f")), 128), *axes("d"))),
     ),
-    "lora": ("in.A {p:gate|up}.lora_A (e r) d", Row("in.A", (GATE_UP, ".lora_A"), (Dim((Factor("e"), Factor("r"))), *axes("d")))),
-    "dbrx": ("in {p:w1|v1} (e f) d", Row("in", (Labels("p", ("w1", "v1")),), (Dim((Factor("e"), Factor("f"))), *axes("d")))),
+    "lora": (
+        "in.A {p:gate|up}.lora_A (e r) d",
+        Row("in.A", (GATE_UP, ".lora_A"), (Dim((Factor("e"), Factor("r"))), *axes("d"))),
+    ),
+    "dbrx": (
+        "in {p:w1|v1} (e f) d",
+        Row("in", (Labels("p", ("w1", "v1")),), (Dim((Factor("e"), Factor("f"))), *axes("d"))),
+    ),
     "exact": ("router.bias gate.bias e exact", Row("router.bias", ("gate.bias",), axes("e"), exact=True)),
     "an exact scalar": ("a b - exact", Row("a", ("b",), (), exact=True)),
 }  # fmt: skip
@@ -136,7 +148,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "carets", "expected", "found"), REFUSED, ids=[row[0] or "empty" for row in REFUSED])
+@pytest.mark.parametrize(
+    ("text", "carets", "expected", "found"), REFUSED, ids=[row[0] or "empty" for row in REFUSED]
+)
 def test_a_row_that_is_none_is_refused(text: str, carets: str, expected: str, found: str) -> None:
     with pytest.raises(NotationError) as caught:
         parse_row(text)

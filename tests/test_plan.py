@@ -1,4 +1,4 @@
-"""Plans: values in JSON both ways, exact for any layout, part and list of experts; and told by name what is left."""
+"""Plans: values in JSON both ways, exact for any layout, part and list of experts; what is left is named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,17 @@ from restow.targets import Shard, Target
 from restow.torch.load import as_checkpoint
 
 SMALL = Model(dtype=torch.float64)  # its elements are numbers of their own, which numpy can hold
-FORMS = ["split", "fused", "grouped", "stacked", "torchtitan", "epfd", "megatron", "megatron_sequential", "mlx"]
+FORMS = [
+    "split",
+    "fused",
+    "grouped",
+    "stacked",
+    "torchtitan",
+    "epfd",
+    "megatron",
+    "megatron_sequential",
+    "mlx",
+]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +80,9 @@ def called(name: str) -> str:
     data=st.data(),
     dst=st.sampled_from(["fused", "grouped", "stacked", "epfd"]),
 )
-def test_shards_along_any_axis_are_what_chunk_gives(axis: str, of: int, data: st.DataObject, dst: str) -> None:
+def test_shards_along_any_axis_are_what_chunk_gives(
+    axis: str, of: int, data: st.DataObject, dst: str
+) -> None:
     part = Shard(axis, data.draw(st.integers(0, of - 1)), of)
     have = SMALL.spelled("split")
     want = {name: sharded(name, t, dst, part) for name, t in SMALL.spelled(dst).items()}
@@ -140,7 +152,9 @@ def test_1024_ranks_of_an_expert_mesh() -> None:
         a, b = divmod(rank, 16)
         targets = []
         for name, tensor in want.items():
-            runs = tuple(chunk(n, *cut) for n, cut in zip(tensor.shape, [(a, 64), (b, 16), (0, 1)], strict=True))
+            runs = tuple(
+                chunk(n, *cut) for n, cut in zip(tensor.shape, [(a, 64), (b, 16), (0, 1)], strict=True)
+            )
             targets.append(Target(name, tuple(tensor.shape), "F64", runs))
         plan = make_plan(source, targets, Wish())
         total += plan.bytes
@@ -271,7 +285,9 @@ def test_a_table_with_braces() -> None:
 
 @pytest.mark.parametrize("rename", [[("a",)], ["ab"], {"a": 3}, [("", "b")]], ids=repr)
 def test_renames_that_are_none_are_refused(folder: Path, rename: object) -> None:
-    with pytest.raises(UsageError, match=r"rename as pairs \(old run, new run\), or a dict of names with \{\}"):
+    with pytest.raises(
+        UsageError, match=r"rename as pairs \(old run, new run\), or a dict of names with \{\}"
+    ):
         restow.plan(folder, meta(SMALL.spelled("grouped")), rename=rename)  # type: ignore[arg-type]
 
 
@@ -339,7 +355,10 @@ def test_plans_that_differ_are_not_equal(folder: Path) -> None:
     assert restow.plan(folder) != restow.plan(folder, experts=[0])
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"restow_plan": 99}', '{"restow_plan": 1}', "3", '{"restow_plan":1,"parts":[[1]]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"restow_plan": 99}', '{"restow_plan": 1}', "3", '{"restow_plan":1,"parts":[[1]]}'],
+)
 def test_text_that_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         Plan.from_json(text)
@@ -360,8 +379,8 @@ def test_the_plan_counts_the_bytes_that_are_read(folder: Path, dst: str, part: S
 def test_a_plan_tells_itself(folder: Path) -> None:
     plan = restow.plan(folder)
     assert str(plan) == (
-        f"{len(plan.copies)} copies from {len(plan.parts)} tensors in 2 files into {len(plan.targets)} tensors: "
-        f"{plan.bytes:,} bytes to read, {plan.written:,} to write\n"
+        f"{len(plan.copies)} copies from {len(plan.parts)} tensors in 2 files "
+        f"into {len(plan.targets)} tensors: {plan.bytes:,} bytes to read, {plan.written:,} to write\n"
         "  model.layers.0.mlp.experts: hf/split -> grouped\n"
         "  model.layers.1.mlp.experts: hf/split -> grouped"
     )

@@ -17,7 +17,7 @@ LENGTHS = (1, 2, 3, 5, 16, 40, 511, 512, 513, 2048, 4095, 4096, 5000)
 
 @st.composite
 def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """A box inside a row-major tensor: sizes, steps, itemsize. Axes of length 1 are left out, as patterns do."""
+    """A box inside a row-major tensor: sizes, steps, itemsize. Patterns leave out axes of length 1."""
     itemsize = draw(st.sampled_from([1, 2, 4, 8]))
     rank = draw(st.integers(1, 4))
     shape: list[int] = []
@@ -48,7 +48,7 @@ def test_reads_cover_what_is_wanted_once_and_gaps_only_where_runs_are_short(
     seen = np.zeros(len(mask), np.int8)
     runs = list(read_runs(*box))
     for offset, length in runs:
-        assert 0 <= offset
+        assert offset >= 0
         assert offset + length <= len(mask), "read behind the last wanted byte"
         seen[offset : offset + length] += 1
     assert (seen[mask] == 1).all()
@@ -75,7 +75,8 @@ TABLE = [
     pytest.param((4, 8), (8, 1), 2, Spans(0, 0, 64), 64, [(0, 64)], id="contiguous"),
     pytest.param((3, 4096), (5000, 1), 1, Spans(1, 0, 4096), 12288,
                  [(0, 4096), (5000, 4096), (10000, 4096)], id="runs of 4 KiB are read alone"),
-    pytest.param((3, 4095), (5000, 1), 1, Spans(0, 3, 4095), 14095, [(0, 14095)], id="shorter ones in one window"),
+    pytest.param((3, 4095), (5000, 1), 1, Spans(0, 3, 4095), 14095, [(0, 14095)],
+                 id="shorter ones in one window"),
     pytest.param((2, 3, 10), (1000, 20, 1), 1, Spans(1, 3, 10), 100, [(0, 50), (1000, 50)],
                  id="windows inside an outer loop"),
     pytest.param((3, 10), (600_000, 1), 1, Spans(0, 1, 10), 30, [(0, 10), (600_000, 10), (1_200_000, 10)],

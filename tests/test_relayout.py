@@ -1,4 +1,4 @@
-"""Relayout in memory: every pair of layouts bit for bit, views wherever strides can say it, the source untouched."""
+"""Relayout in memory: every pair of layouts bit for bit, views where strides can say it, the source as it was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from moe import AT, Model, Tensors, differing
 from restow.errors import AmbiguousLayoutError, RolesError, UnexpectedTensorError, UsageError
 from restow.layout import Layout
 
-FORMS = ["split", "fused", "grouped", "stacked", "torchtitan", "epfd", "megatron", "megatron_sequential", "mlx"]
+FORMS = [
+    "split",
+    "fused",
+    "grouped",
+    "stacked",
+    "torchtitan",
+    "epfd",
+    "megatron",
+    "megatron_sequential",
+    "mlx",
+]
 GATED = Model(e=3, f=4, d=5, layers=2)
 UNGATED = Model(e=3, f=4, d=5, p=1, layers=1, family="nemotron_h", at="model.layers.{}.mixer.experts")
 BIASED = Model(e=3, f=4, d=5, layers=1, family="gpt_oss", roles=("in", "out", "in.bias", "out.bias"))
@@ -68,7 +78,8 @@ def test_views_wherever_one_tensor_holds_all(model: Model, src: str, dst: str) -
 
 
 MUST_BE_VIEWS = [
-    ("grouped", "fused"), ("fused", "grouped"), ("fused", "stacked"), ("grouped", "stacked"), ("epfd", "stacked"),
+    ("grouped", "fused"), ("fused", "grouped"), ("fused", "stacked"), ("grouped", "stacked"),
+    ("epfd", "stacked"),
     ("fused", "split"), ("grouped", "split"), ("stacked", "split"), ("epfd", "split"), ("epfd", "fused"),
     ("fused", "epfd"), ("grouped", "epfd"), ("epfd", "grouped"), ("fused", "megatron"), ("megatron", "split"),
     ("stacked", "torchtitan"), ("mlx", "stacked"), ("megatron", "megatron_sequential"), ("fused", "fused"),
@@ -97,7 +108,9 @@ def test_gpt_oss_s_order_stays() -> None:
     gate, up = (state[f"{AT.format(0)}.1.{word}_proj.weight"] for word in ("gate", "up"))
     assert torch.equal(weight[1, :, 0::2], gate.t())
     assert torch.equal(weight[1, :, 1::2], up.t())
-    assert torch.equal(there[f"{AT.format(0)}.gate_up_proj_bias"][1, 1::2], state[f"{AT.format(0)}.1.up_proj.bias"])
+    assert torch.equal(
+        there[f"{AT.format(0)}.gate_up_proj_bias"][1, 1::2], state[f"{AT.format(0)}.1.up_proj.bias"]
+    )
 
 
 def test_from_interleaved_to_halves_is_a_copy() -> None:
@@ -115,12 +128,16 @@ STRIDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t,
     "every other": lambda t: torch.stack([t, t * 0], -1).flatten(-2)[..., ::2],
     "offset": lambda t: torch.cat([t.reshape(-1)[:3], t.reshape(-1)])[3:].view(t.shape),
-    "dims reversed": lambda t: t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim()))),
+    "dims reversed": lambda t: (
+        t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+    ),
 }
 
 
 @pytest.mark.parametrize("how", STRIDED)
-@pytest.mark.parametrize(("src", "dst"), list(pairwise(["fused", "grouped", "split", "stacked", "epfd", "fused"])))
+@pytest.mark.parametrize(
+    ("src", "dst"), list(pairwise(["fused", "grouped", "split", "stacked", "epfd", "fused"]))
+)
 def test_inputs_may_have_any_strides(src: str, dst: str, how: str) -> None:
     model = GATED.but(dtype=torch.float32)
     state = {name: STRIDED[how](t) for name, t in model.spelled(src).items()}
@@ -169,8 +186,25 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_a_state_of_another_layout_than_said_is_refused() -> None:
-    with pytest.raises(restow.errors.RestowError):
+    with pytest.raises(AmbiguousLayoutError) as caught:
         restow.relayout(GATED.spelled("fused"), src="grouped", dst="split")
+    assert str(caught.value) == (
+        "expected experts in the layout that src says, found none among 9 tensors\n"
+        "  layout    in   gate_and_up_projs  e d (p f)\n"
+        "            out  down_projs         e f d\n"
+        "  there are model.embed_tokens.weight\n"
+        "            model.layers.0.mlp.gate.weight\n"
+        "            model.layers.1.mlp.gate.weight\n"
+        "  try       say what they are in with src="
+    )
+
+
+def test_a_state_without_experts_is_refused() -> None:
+    with pytest.raises(AmbiguousLayoutError) as caught:
+        restow.relayout(GATED.others, dst="split", family="qwen3_moe")
+    assert str(caught.value).startswith(
+        "expected experts in a layout that restow knows, found none among 5 tensors\n"
+    )
 
 
 def test_layouts_of_other_roles_are_refused() -> None:
@@ -203,7 +237,9 @@ def test_a_state_that_fits_two_layouts_is_not_guessed() -> None:
     twin = Layout.parse("in w{p:1|3} e d f\nout w2 e d f")
     assert differing(packed(restow.relayout(state, src=twin, dst="fused")), {}) != []
     both = restow.relayout(state, dst="fused", family="qwen3_moe")
-    assert differing(packed(both), {n: t for n, t in square.spelled("fused").items() if ".experts." in n}) == []
+    assert (
+        differing(packed(both), {n: t for n, t in square.spelled("fused").items() if ".experts." in n}) == []
+    )
 
 
 def test_a_missing_expert_is_refused() -> None:

@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     from restow.targets import Shard as Shard
     from restow.torch.convert import ConvertReport as ConvertReport
     from restow.torch.convert import convert as convert
+    from restow.torch.disk_order import empty_like_disk as empty_like_disk
     from restow.torch.load import LoadReport as LoadReport
     from restow.torch.load import load as load
     from restow.torch.load import plan as plan
@@ -41,6 +42,7 @@ _PLACES = {
     "Shard": ("restow.targets", "Shard"),
     "VerifyReport": ("restow.torch.verify", "VerifyReport"),
     "convert": ("restow.torch.convert", "convert"),
+    "empty_like_disk": ("restow.torch.disk_order", "empty_like_disk"),
     "errors": ("restow.errors", ""),
     "families": ("restow.known", "FAMILIES"),
     "layouts": ("restow.named", "GENERAL"),
@@ -52,8 +54,8 @@ _PLACES = {
 }
 
 __all__ = [
-    "open", "plan", "load", "relayout", "convert", "verify", "Checkpoint", "Plan", "LoadReport", "ConvertReport",
-    "VerifyReport", "Layout", "Family", "Shard", "layouts", "families", "errors",
+    "open", "plan", "load", "relayout", "convert", "verify", "empty_like_disk", "Checkpoint", "Plan",
+    "LoadReport", "ConvertReport", "VerifyReport", "Layout", "Family", "Shard", "layouts", "families", "errors",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -92,7 +92,7 @@ def scale_of(rank: int, alpha: Number, rslora: bool) -> float:
 def alpha_of(rank: int, scale: float, rslora: bool) -> Number:
     """The alpha that gives a scale at a rank; a whole number where it is one."""
     alpha = scale * math.sqrt(rank) if rslora else scale * rank
-    return int(alpha) if alpha == int(alpha) else alpha
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def read_adapter_config(folder: str) -> AdapterConfig:

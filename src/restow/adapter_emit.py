@@ -27,13 +27,24 @@ RENAMED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # wha
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the config must say: `names` as PEFT asks for them, `tail` a key that means all like it."""
+    """What the config must say: `names` as PEFT asks for them, `tail` a key that means all like it.
+
+    `aliases`: the names are of one thing, and the first that a pattern matches counts (formats that PEFT does not read).
+    """
 
     names: tuple[str, ...]
     tail: str
     rank: int
-    alpha: Number
-    expert: bool
+    scale: float
+    aliases: bool = False
+
+    def said(self, config: AdapterConfig) -> list[tuple[int, Number]]:
+        """Rank and alpha by a config, for each name."""
+        return [config.of_any(self.names)] if self.aliases else [config.of(name) for name in self.names]
+
+    def fits(self, config: AdapterConfig) -> bool:
+        """Whether a config gives every name this rank and scale."""
+        return all(r == self.rank and isclose(config.scale(r, a), self.scale, rel_tol=1e-12) for r, a in self.said(config))
 
 
 def scales(config: AdapterConfig, wanted: Iterable[Wanted], fmt: Format) -> AdapterConfig:
@@ -41,37 +52,36 @@ def scales(config: AdapterConfig, wanted: Iterable[Wanted], fmt: Format) -> Adap
     todo = list(wanted)
     if fmt.one_scale:
         return _one_scale(config, todo, fmt)
-    if not (wrong := _wrong(config, todo)):
+    wrong = [w for w in todo if not w.fits(config)]
+    if not wrong:
         return config
-    defaults = Counter((w.rank, w.alpha) for w in todo)
-    if (config.rank, config.alpha) not in defaults:
-        rank, alpha = defaults.most_common(1)[0][0]
-        config = replace(config, rank=rank, alpha=alpha)
+    usual = Counter((w.rank, alpha_of(w.rank, w.scale, config.rslora)) for w in todo)
+    if (config.rank, config.alpha) not in usual:
+        rank, alpha = usual.most_common(1)[0][0]
         names = [name for w in todo for name in w.names]
         config = replace(
-            config,
+            config, rank=rank, alpha=alpha,
             ranks={k: v for k, v in config.ranks.items() if any(matches(k, n) for n in names)},
             alphas={k: v for k, v in config.alphas.items() if any(matches(k, n) for n in names)},
-        )
-        wrong = _wrong(config, todo)
-    tails = {w.tail: {(o.rank, o.alpha) for o in todo if o.tail == w.tail} for w in wrong}
-    added = _added(config, wrong, lambda w: w.tail if len(tails[w.tail]) == 1 else None)
-    if _wrong(added, todo):
-        added = _added(config, wrong, lambda w: None)
-    return added
+        )  # fmt: skip
+        wrong = [w for w in todo if not w.fits(config)]
+    alike = {w.tail: len({(o.rank, o.scale) for o in todo if o.tail == w.tail}) == 1 for w in wrong}
+    added = _added(config, wrong, alike)
+    return added if says(added, todo) else _added(config, wrong, {})
 
 
-def _added(config: AdapterConfig, wrong: Sequence[Wanted], tail: Any) -> AdapterConfig:
-    """The config with a pattern, in front, for every name that it says wrong."""
+def _added(config: AdapterConfig, wrong: Sequence[Wanted], alike: Mapping[str, bool]) -> AdapterConfig:
+    """The config with a pattern, in front, for everything that it says wrong."""
     ranks: dict[str, int] = {}
     alphas: dict[str, Number] = {}
     for w in wrong:
-        for key in [tail(w)] if tail(w) else [name.replace(".", r"\.") for name in w.names]:
-            said = [config.of(name) for name in w.names]
-            if any(rank != w.rank for rank, _ in said):
+        alpha = alpha_of(w.rank, w.scale, config.rslora)
+        names = w.names[:1] if w.aliases else w.names
+        for key in [w.tail] if alike.get(w.tail) else [name.replace(".", r"\.") for name in names]:
+            if any(rank != w.rank for rank, _ in w.said(config)):
                 ranks[key] = w.rank
-            if any(alpha != w.alpha for _, alpha in said):
-                alphas[key] = w.alpha
+            if any(other != alpha for _, other in w.said(config)):
+                alphas[key] = alpha
     return replace(
         config,
         ranks={**ranks, **{k: v for k, v in config.ranks.items() if k not in ranks}},
@@ -79,18 +89,9 @@ def _added(config: AdapterConfig, wrong: Sequence[Wanted], tail: Any) -> Adapter
     )
 
 
-def _wrong(config: AdapterConfig, wanted: Iterable[Wanted]) -> list[Wanted]:
-    """Those for which PEFT would find another rank or another alpha."""
-    return [w for w in wanted if any(not same(config.of(name), (w.rank, w.alpha)) for name in w.names)]
-
-
 def says(config: AdapterConfig, wanted: Iterable[Wanted]) -> bool:
-    """Whether a config gives every wanted name its rank and alpha."""
-    return not _wrong(config, wanted)
-
-
-def same(a: tuple[int, Number], b: tuple[int, Number]) -> bool:
-    return a[0] == b[0] and isclose(a[1], b[1], rel_tol=1e-12)
+    """Whether a config gives every wanted name its rank and scale."""
+    return all(w.fits(config) for w in wanted)
 
 
 def _one_scale(config: AdapterConfig, wanted: Sequence[Wanted], fmt: Format) -> AdapterConfig:
@@ -104,7 +105,7 @@ def one_scale(config: AdapterConfig, wanted: Sequence[Wanted], fmt: Format) -> t
 
     A rank that most have is kept as r. rsLoRA stays where every rank is r; elsewhere it becomes a plain alpha.
     """
-    common = Counter(config.scale(w.rank, w.alpha) for w in wanted).most_common(1)
+    common = Counter(w.scale for w in wanted).most_common(1)
     scale = common[0][0] if common else config.scale(config.rank, config.alpha)
     ranks = Counter(w.rank for w in wanted)
     rank = config.rank if config.rank in ranks or not ranks else ranks.most_common(1)[0][0]

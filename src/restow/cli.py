@@ -32,6 +32,10 @@ app = typer.Typer(
 PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="A checkpoint's folder, or one safetensors file.")
 ]
+SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder or file.")]
+TargetArgument = Annotated[str, typer.Argument(metavar="DST", help="A folder that does not exist yet.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=256, help="Reading threads.")]
+ReplaceOption = Annotated[bool, typer.Option("--replace", help="Replace what restow wrote there before.")]
 LayoutOption = Annotated[
     str | None, typer.Option(metavar="NAME|@FILE", help="A layout's name, or a file with its rows.")
 ]
@@ -101,6 +105,69 @@ def plan(
 
 
 @verb
+def convert(
+    source: SourceArgument,
+    target: TargetArgument,
+    to: Annotated[str, typer.Option(metavar="LAYOUT|@FILE", help="A layout, hf (the vendor's) or source.")],
+    keep_experts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Expert numbers to keep, in this order (JSON).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="bf16, f16 or f32 for weights.")] = None,
+    max_shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of data in one file.")] = 5 * 2**30,
+    layout: LayoutOption = None,
+    family: FamilyOption = None,
+    threads: ThreadsOption = None,
+    replace: ReplaceOption = False,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """Write a checkpoint in another layout; checked before, published at once, undone with --to source."""
+    from restow.answers import converted
+    from restow.landing import layout_of
+    from restow.opening import open_checkpoint
+
+    opened = open_checkpoint(source, layout=layout_option(layout), family=family)
+    wanted = layout_option(to)
+    assert wanted is not None
+    if wanted not in ("hf", "source"):
+        layout_of(wanted, opened.family)  # an unknown name ends here, before torch is imported
+    from restow.torch.convert import convert as do
+
+    report = do(
+        opened, target, to=wanted, experts=experts_option(keep_experts), dtype=dtype_option(dtype),
+        max_shard_bytes=max_shard_bytes, threads=threads, replace=replace, strict=strict,
+        progress=not json_ and sys.stderr.isatty(),
+    )  # fmt: skip
+    return converted(report, source)
+
+
+@verb
+def verify(
+    a: SourceArgument,
+    b: Annotated[str | None, typer.Argument(metavar="B", help="What should hold the same weights.")] = None,
+    experts_only: Annotated[bool, typer.Option("--experts-only", help="Compare the experts alone.")] = False,
+    sample: Annotated[
+        float | None, typer.Option(metavar="PART", help="Compare a part of the leaves: 0.05.")
+    ] = None,
+    layout: LayoutOption = None,
+    family: FamilyOption = None,
+    threads: ThreadsOption = None,
+    strict: StrictOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """Compare two checkpoints expert by expert, whatever their layouts; or one with its manifest."""
+    from restow.answers import verified
+    from restow.opening import open_checkpoint
+
+    sides = [open_checkpoint(p, layout=layout_option(layout), family=family) for p in (a, b) if p is not None]
+    from restow.torch.verify import verify as do
+
+    return verified(do(*sides, experts_only=experts_only, sample=sample, threads=threads, strict=strict))
+
+
+@verb
 def demo(
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the checkpoint and what was loaded here.")
@@ -125,6 +192,34 @@ def layout_option(text: str | None) -> str | Layout | None:
     except (OSError, ValueError) as error:
         what = error.strerror if isinstance(error, OSError) else "text that is not ASCII"
         raise UsageError("a file with a layout's rows after '@'", f"{what}", path=text[1:]) from error
+
+
+def experts_option(file: Path | None) -> list[int] | dict[str, list[int]] | None:
+    """Expert numbers from a JSON file: a list for all experts modules, or an object of lists by module path."""
+    if file is None:
+        return None
+    import json
+
+    try:
+        numbers = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError("a JSON file with expert numbers", str(error), path=file) from error
+    lists = list(numbers.values()) if isinstance(numbers, dict) else [numbers]
+    if not all(isinstance(one, list) and all(type(n) is int for n in one) for one in lists):
+        raise UsageError("a list of expert numbers, or lists by module path", "something else", path=file)
+    return numbers  # type: ignore[no-any-return]
+
+
+def dtype_option(name: str | None) -> Any:
+    """A torch dtype by its short name."""
+    if name is None:
+        return None
+    words = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+    if name not in words:
+        raise UsageError(f"a dtype, one of {', '.join(words)}", f"'{name}'")
+    import torch
+
+    return getattr(torch, words[name])
 
 
 def refuse_warnings(opened: Checkpoint, strict: bool) -> None:

@@ -12,8 +12,8 @@ tables that contradict themselves. The lines of a table:
     router    rows of tensors outside the experts that have an `e` axis, their names below the layer, as on the hub
     ignore    names that a destination need not have: `*` any run of segments, `{l+L}` a layer number of at least L
     require   names that a whole checkpoint must hold; the head after `?`, since a config may tie it
-    tie       the config's key that ties the head, then `yes` if it is tied where that key is absent; or `never`;
-              without this line the key is the top-level `tie_word_embeddings`
+    tie       the config's key that ties the head, then `yes` if an absent key ties too; or `never`; without this
+              line the key is the top-level `tie_word_embeddings`
 """
 
 from __future__ import annotations

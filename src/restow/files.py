@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import NoReturn
 
 from restow.errors import (
-    DestinationError,
     MissingShardError,
     NotSafetensorsError,
     RestowError,
@@ -180,4 +179,4 @@ def _refuse_open(error: OSError, path: str, what: str, refuse: type[RestowError]
 
 def _refuse_os(error: OSError, path: str) -> NoReturn:
     code = errno.errorcode.get(error.errno or 0, "unknown error")
-    raise DestinationError("a file that can be read", f"{code} from the system", path=path) from error
+    raise MissingShardError("a file that can be read", f"{code} from the system", path=path) from error

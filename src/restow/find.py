@@ -116,7 +116,7 @@ def find_modules(
 
 
 def _folded(errors: Sequence[tuple[str, RestowError]]) -> tuple[RestowError, ...]:
-    """One error for what is wrong with many modules in the same words: the first one's, and the others' paths."""
+    """One error for what many modules have wrong in the same words: the first one, with the others' paths."""
     alike: dict[object, list[tuple[str, RestowError]]] = {}
     for path, error in errors:
         words = (text.replace(path, "") for text in (error.expected, error.found))
@@ -353,7 +353,7 @@ def _whole_experts(module: Module, by_row: Mapping[str, Mapping[tuple[int, ...],
 
 
 def _shape_error(module: Module, wrong: Sequence[tuple[str, str]], shapes: Shapes) -> ShapeMismatchError:
-    """Shapes that are not the layout's; of a stacked module's few tensors, the others are shown beside them."""
+    """Shapes that are not the layout's; a stacked module's few other tensors are shown beside them."""
     name, expected = wrong[0]
     sizes, layout = module.sizes, module.layout
     used = {a: sizes[a] for row in layout.rows for a in sorted(row.axes) if a in sizes}

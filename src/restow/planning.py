@@ -147,7 +147,9 @@ def default_targets(source: Checkpoint, layout: str | Layout | None, wish: Wish)
         for row in to.rows:
             if row.role not in module.tensors:
                 continue
-            first = next(n for n in module.tensors[row.role] if n is not None)
+            first = next((n for n in module.tensors[row.role] if n is not None), None)
+            if first is None:  # not one of its tensors is there to say a dtype
+                raise _lost_error(module, module.layout.row(row.role), range(len(module.tensors[row.role])))
             dtype, shape = source.tensors[first].dtype, shape_of(row, sizes)
             if wish.shard is not None and wish.shard.axis in row.axes:
                 start, length = wish.shard.run(axis_size(row, wish.shard.axis, sizes))

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -29,7 +28,6 @@ from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
     LoadPlanner,
-    ReadItem,
     SavePlan,
     SavePlanner,
     WriteItem,
@@ -113,7 +111,7 @@ class Reader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read every item straight into the tensor that the planner resolves it to."""
         assert self._prepared is not None
-        for items in _rounds(plan.items):
+        for items in _rounds(plan.items, lambda item: item.storage_index.fqn):
             chosen: dict[str, Target] = {}
             tensors: dict[str, torch.Tensor] = {}
             for item in items:
@@ -147,13 +145,16 @@ def _whole(target: Target) -> TensorStorageMetadata:
     return TensorStorageMetadata(TensorProperties(dtype=torch_dtype(target.dtype)), size, [chunk])
 
 
-def _rounds(items: Sequence[ReadItem]) -> list[list[ReadItem]]:
+Item = TypeVar("Item")
+
+
+def _rounds(items: Sequence[Item], name: Callable[[Item], str]) -> list[list[Item]]:
     """Items in as few rounds as give each tensor one box a round."""
-    rounds: list[list[ReadItem]] = []
+    rounds: list[list[Item]] = []
     seen: dict[str, int] = {}
     for item in items:
-        number = seen.get(item.storage_index.fqn, 0)
-        seen[item.storage_index.fqn] = number + 1
+        number = seen.get(name(item), 0)
+        seen[name(item)] = number + 1
         while len(rounds) <= number:
             rounds.append([])
         rounds[number].append(item)
@@ -279,7 +280,7 @@ class Writer(StorageWriter):
 
         results = []
         try:
-            for items in _write_rounds(plan.items):
+            for items in _rounds(plan.items, lambda item: item.index.fqn):
                 chosen, tensors = {}, {}
                 for item in items:
                     data = planner.resolve_data(item)
@@ -357,18 +358,6 @@ def _runs(item: WriteItem) -> tuple[tuple[tuple[int, int], ...], ...]:
     return tuple(((start, length),) for start, length in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
-def _write_rounds(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
-    rounds: list[list[WriteItem]] = []
-    seen: dict[str, int] = {}
-    for item in items:
-        number = seen.get(item.index.fqn, 0)
-        seen[item.index.fqn] = number + 1
-        while len(rounds) <= number:
-            rounds.append([])
-        rounds[number].append(item)
-    return rounds
-
-
 def _cover(outline: Outline, prepared: Prepared, items: Sequence[WriteItem]) -> None:
     """Every element of every tensor in one chunk, and every tensor of the files among them."""
     boxes: dict[str, list[tuple[tuple[int, int], ...]]] = {}
@@ -391,4 +380,4 @@ def _cover(outline: Outline, prepared: Prepared, items: Sequence[WriteItem]) -> 
         )
 
 
-__all__ = ["MetadataIndex", "Reader", "Writer"]
+__all__ = ["Reader", "Writer"]

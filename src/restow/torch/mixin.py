@@ -7,28 +7,24 @@ What upstream did in silence and wrong raises here; docs/coming-from-nemo.md lis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from restow.errors import AmbiguousTensorError, ExpertShapeError, UsageError, show
-from restow.layout import Layout
-from restow.named import NAMED
 from restow.notation import Row
 from restow.torch.mixin_host import Facts, facts_of, gated, is_parameter, needed, output_dtype
-from restow.torch.mixin_load import Load, is_complete, merged
-from restow.torch.mixin_lora import recombined, to_experts, unwrapped_native, wrapped
+from restow.torch.mixin_load import Load
+from restow.torch.mixin_peft import Pairs, PeftMembers
 from restow.torch.mixin_record import Record
 from restow.torch.mixin_rows import GROUPED, LORA, row_named
 from restow.torch.mixin_split import grouped, split, split_any
 from restow.torch.storage import unwrapped
 
-Pairs = list[tuple[str, torch.Tensor]]
 
-
-class MoESplitExpertsStateDictMixin:
+class MoESplitExpertsStateDictMixin(PeftMembers):
     """Conversion between Hugging Face's tensors per expert and grouped experts. Inherit it, and set in `__init__`:
 
     `config`, `moe_config` (with `n_routed_experts`, `moe_inter_dim`, `expert_activation`), `backend` (`experts` and
@@ -54,11 +50,6 @@ class MoESplitExpertsStateDictMixin:
         """The run of segments that is the experts module, e.g. `mlp.experts` or `mixer.experts`."""
         return "mlp.experts"
 
-    @property
-    def _v5_peft_target_parameters(self) -> tuple[str, ...]:
-        """The stacked parameters that PEFT's ParamWrapper targets; none: LoRA is written per expert."""
-        return ()
-
     # The record of what was loaded in place.
 
     @property
@@ -76,10 +67,7 @@ class MoESplitExpertsStateDictMixin:
         is converted with its prefix taken off. A name that the converter registers counts only while the values given
         back are still views of the memory it lent: a save, or a cast in between, leaves nothing behind.
         """
-        found = getattr(self, "_inplace_loaded_native_keys", None)
-        if found is None:
-            found = self._inplace_loaded_native_keys: set[str] = set()
-        found.add(_tracked(fqn, prefix_override))
+        self._registered().add(_tracked(fqn, prefix_override))
 
     # Native to Hugging Face.
 
@@ -91,11 +79,7 @@ class MoESplitExpertsStateDictMixin:
         first dim is not `n_experts`. Unlike upstream it leaves no `_last_expert_ids` behind.
         """
         if weight.ndim == 0 or weight.shape[0] != n_experts:
-            raise ExpertShapeError(
-                f"Expected first dimension to be {n_experts}, got {list(weight.shape)}"[len("Expected ") :]
-                if weight.ndim == 0 else f"first dimension to be {n_experts}",
-                f"{list(weight.shape)}",
-            )  # fmt: skip
+            raise ExpertShapeError(f"{n_experts} experts as the first dim", f"shape {list(weight.shape)}")
         return split_any(weight, n_experts)
 
     def _convert_single_merged_expert_to_hf_split_experts(
@@ -119,8 +103,12 @@ class MoESplitExpertsStateDictMixin:
         facts, path, row = place
         if row in LORA.rows:
             if kwargs.get("v4_compatible", False) or not self._v5_peft_target_parameters:
-                return self._convert_lora_expert_to_hf(fqn, tensor, facts.experts, facts.hidden, facts.segment)
-            return self._convert_lora_to_paramwrapper(fqn, tensor, kwargs.get("legacy_paramwrapper_layout", False))
+                return self._convert_lora_expert_to_hf(
+                    fqn, tensor, facts.experts, facts.hidden, facts.segment
+                )
+            return self._convert_lora_to_paramwrapper(
+                fqn, tensor, kwargs.get("legacy_paramwrapper_layout", False)
+            )
         source = grouped(fqn, tensor, row, facts.sizes)
         prefix = self._hf_prefix if prefix_override is None else prefix_override
         own = is_parameter(self, row.base) and not kwargs.get("quantization", False)
@@ -163,8 +151,7 @@ class MoESplitExpertsStateDictMixin:
         Rank-local, names only; with `device_mesh` the experts of its `ep` dim. A dict without any expert passes. Raises
         `MissingExpertsError` (a RuntimeError) that names what is missing.
         """
-        facts = facts_of(self)._replace(experts=n_experts)
-        is_complete(Load(facts, hf_state_dict, device_mesh), self._lent_experts)
+        self._load(facts_of(self)._replace(experts=n_experts), hf_state_dict, device_mesh).check_complete()
 
     def _from_hf_w_merged_experts(
         self,
@@ -188,9 +175,9 @@ class MoESplitExpertsStateDictMixin:
         if reset_view_loaded_keys:
             self._view_loaded_native_keys = set()
         facts = facts_of(self)
-        load = Load(facts, hf_state_dict, device_mesh)
-        is_complete(load, self._lent_experts)
-        out, loaded = merged(load, output_dtype(self), self._in_place, other=not reset_view_loaded_keys, record=self._record())
+        self._validate_expert_availability(hf_state_dict, facts.experts, device_mesh)
+        load = self._load(facts, hf_state_dict, device_mesh)
+        out, loaded = load.run(hf_state_dict, output_dtype(self), other=not reset_view_loaded_keys)
         self._view_loaded_native_keys = self.view_loaded_native_keys | loaded
         return self._convert_paramwrapper_to_native(self._recombine_lora_expert_keys(out))
 
@@ -206,7 +193,9 @@ class MoESplitExpertsStateDictMixin:
                 if len(experts) != n_experts:
                     continue
                 if sorted(experts) != list(range(n_experts)):
-                    raise ExpertShapeError(f"experts 0 to {n_experts - 1} of {show(name)}", f"{sorted(experts)}")
+                    raise ExpertShapeError(
+                        f"experts 0 to {n_experts - 1} of {show(name)}", f"{sorted(experts)}"
+                    )
                 stacked = torch.stack([experts[i] for i in range(n_experts)])
                 del names[name]
                 if not names:
@@ -214,81 +203,17 @@ class MoESplitExpertsStateDictMixin:
                 return stacked
         return None
 
-    # LoRA.
-
-    def _convert_lora_expert_to_hf(
-        self, fqn: str, tensor: torch.Tensor, n_experts: int, inter_dim: int, expert_segment: str
-    ) -> Pairs:
-        """A grouped LoRA tensor as PEFT's per-expert ones, contiguous, below the same prefix.
-
-        `lora_gate_and_up_A` [E, D, r] gives lora_A [r, D] for gate and for up, `_B` [E, r, G] lora_B [I, r] of each;
-        `lora_down_A` [E, I, r] gives [r, I], `_B` [E, r, D] [D, r]. Of a DTensor the experts of this rank. Raises
-        `UsageError` for another name, `ExpertShapeError`.
-        """
-        path, _, last = fqn.rpartition(".")
-        row = row_named(LORA, last)
-        if row is None or not f".{path}".endswith(f".{expert_segment}"):
-            names = ", ".join("".join(map(str, one.name)) for one in LORA.rows)
-            raise UsageError(f"{expert_segment}. and one of {names}", show(fqn), tensor=fqn)
-        facts = Facts(n_experts, inter_dim, self._is_gated_moe, expert_segment)
-        return [(f"{path}.{name}", value) for name, value in to_experts(fqn, tensor, row, facts).items()]
-
-    def _recombine_lora_expert_keys(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Per-expert LoRA as grouped LoRA below the same prefix, dtypes kept; every other entry as it is.
-
-        The inverse of `_convert_lora_expert_to_hf`. Raises `MissingExpertsError` for incomplete sets (upstream passed
-        them through) and `AdapterError` where gate and up differ in A (upstream dropped up's).
-        """
-        return recombined(state_dict, facts_of(self))
-
-    def _convert_lora_to_paramwrapper(self, fqn: str, tensor: torch.Tensor, legacy_layout: bool = False) -> Pairs:
-        """A grouped LoRA tensor as PEFT's ParamWrapper has it (0.19.1 and later, or 0.18 if `legacy_layout`).
-
-        `lora_A.weight` [E r, in] and `lora_B.weight` [out, r E], below `base_layer.` for gate and up. Raises
-        `AdapterError` for a part of a tensor.
-        """
-        path, _, last = fqn.rpartition(".")
-        row = row_named(LORA, last)
-        facts = facts_of(self)
-        if row is None or not f".{path}".endswith(f".{facts.segment}"):
-            return [(fqn, tensor)]
-        name, value = wrapped(fqn, tensor, row, facts, "peft-0.18" if legacy_layout else "peft-0.19.1")
-        above = path[: len(path) - len(facts.segment)]
-        return [(f"{above}{self._v5_peft_hf_expert_path_segment()}.{name}", value)]
-
-    def _convert_paramwrapper_to_native(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """PEFT's ParamWrapper LoRA as grouped LoRA; `_paramwrapper_layout_hint`, where set, is its stamp.
-
-        Raises `AdapterError` where shapes and stamp do not settle which version wrote it.
-        """
-        hint = getattr(self, "_paramwrapper_layout_hint", None)
-        d = getattr(needed(self, "moe_config", "its experts' configuration"), "dim", None)
-        segment = self._v5_peft_hf_expert_path_segment()
-        return unwrapped_native(state_dict, facts_of(self), segment, hint, d if isinstance(d, int) else None)
-
-    def _v5_peft_hf_expert_path_segment(self) -> str:
-        """The module that owns the parameters of `_v5_peft_target_parameters`. Raises `UsageError` for several."""
-        owners = {target.rpartition(".")[0] for target in self._v5_peft_target_parameters}
-        if len(owners) > 1:
-            raise UsageError("target parameters of one module", ", ".join(sorted(owners)))
-        return owners.pop() if owners else self._expert_path_segment
-
-    # What the loaders of later releases ask.
-
-    @property
-    def supports_low_memory_dcp_load(self) -> bool:
-        """Whether DCP can read straight into the experts' own memory, if the adapter says so of all else."""
-        flag = bool(getattr(self, "_supports_low_memory_dcp_load", False))
-        if not flag or getattr(self, "moe_config", None) is None:
-            return flag
-        return self._expert_checkpoint_tensors_use_model_storage and not getattr(self.moe_config, "expert_bias", False)  # type: ignore[attr-defined]
-
-    @property
-    def _expert_checkpoint_tensors_use_model_storage(self) -> bool:
-        """Whether every grouped tensor of a state dict is the model's own memory."""
-        return is_parameter(self, "in") and is_parameter(self, "out")
-
     # Inside.
+
+    def _load(self, facts: Facts, state: Mapping[str, Any], mesh: DeviceMesh | None) -> Load:
+        return Load(facts, state, mesh, self._record(), self._registered())
+
+    def _registered(self) -> set[str]:
+        found: set[str] | None = getattr(self, "_inplace_loaded_native_keys", None)
+        if found is None:
+            found = set()
+            self._inplace_loaded_native_keys: set[str] | None = found
+        return found
 
     def _record(self) -> Record:
         found: Record | None = self.__dict__.get("_restow_record")
@@ -306,3 +231,15 @@ class MoESplitExpertsStateDictMixin:
         if at < 0:
             raise UsageError(f"'layers.' and a number in {show(fqn)}", "none", tensor=fqn)
         return facts_of(self), path[at:], row
+
+
+def _tracked(fqn: str, prefix: str | None) -> str:
+    return fqn.removeprefix(prefix) if prefix is not None and prefix.endswith(".") else fqn
+
+
+def materialized(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict` with contiguous copies in place of views, as savers need them; the same dict, changed in place."""
+    for name, value in state_dict.items():
+        if isinstance(value, torch.Tensor) and not value.is_contiguous():
+            state_dict[name] = value.contiguous()
+    return state_dict

@@ -17,7 +17,11 @@ from restow.torch.mixin_rows import GROUPED, LORA, LORA_SPLIT, SPLIT, with_label
 GATED = ("swiglu", "swigluoai", "quick_geglu", "geglu")  # activations of two projections
 UNGATED = ("relu2",)
 EP_DISPATCHERS = ("deepep", "hybridep", "uccl_ep")
-ALIASING = ("gmm", "torch_mm", "torch_mm_mxfp8")  # backends whose grouped tensors are the parameters themselves
+ALIASING = (
+    "gmm",
+    "torch_mm",
+    "torch_mm_mxfp8",
+)  # backends whose grouped tensors are the parameters themselves
 
 
 class MoEConfig(Protocol):

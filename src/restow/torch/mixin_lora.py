@@ -62,7 +62,7 @@ def recombined(state: dict[str, Any], facts: Facts) -> dict[str, Any]:
             raise
     gone = {name for group in found.values() for name in group.names.values()}
     out = {name: value for name, value in state.items() if name not in gone}
-    for (path, role), group in found.items():
+    for (_, role), group in found.items():
         target = LORA.row(role)
         if "p" in group.row.axes and "p" not in target.axes:
             group = _shared(group, state)
@@ -118,7 +118,9 @@ def wrapped(name: str, tensor: torch.Tensor, row: Row, facts: Facts, form: str) 
     return name_of(target, (), {}), _converted(source.row, target, source.sizes, source.local)
 
 
-def unwrapped_native(state: Mapping[str, Any], facts: Facts, segment: str, hint: str | None, d: int | None) -> dict[str, Any]:
+def unwrapped_native(
+    state: Mapping[str, Any], facts: Facts, segment: str, hint: str | None, d: int | None
+) -> dict[str, Any]:
     """`state` with PEFT's ParamWrapper tensors below `segment` as grouped LoRA tensors; all else as it is.
 
     `hint` is a stamp, a key of `LORA_WRAPPED`; without it the shapes must admit exactly one form, for all tensors
@@ -140,7 +142,8 @@ def unwrapped_native(state: Mapping[str, Any], facts: Facts, segment: str, hint:
     if len(fits) != 1:
         shapes = [f"{show(name)} {list(state[name].shape)}" for name in found]
         raise AdapterError(
-            f"tensors of one PEFT form ({' or '.join(LORA_WRAPPED)})" + (f", {show(hint)} as stamped" if hint else ""),
+            f"tensors of one PEFT form ({' or '.join(LORA_WRAPPED)})"
+            + (f", {show(hint)} as stamped" if hint else ""),
             "tensors of neither" if not fits else "tensors that both admit",
             tensor=next(iter(found)),
             sections=[("tensors", shapes)],

@@ -30,6 +30,7 @@ from restow.torch.mixin_mesh import HERE, Spread, grouped_spread
 from restow.torch.mixin_moves import Index, fill, indices
 from restow.torch.storage import slot_of
 
+
 class Group(NamedTuple):
     """The stored tensors of one role of one experts module: names by the indices of the row's name axes."""
 
@@ -55,7 +56,12 @@ def groups_of(names: Sequence[str], layout: Layout, segment: str) -> dict[tuple[
 
 def check_names(state: Mapping[str, Any], layouts: Sequence[Layout], segment: str, experts: int) -> None:
     """Raise for tensors of single experts that would be lost: other projections, scales, numbers that are too high."""
-    claimed = {n for lay in layouts for group in groups_of(list(state), lay, segment).values() for n in group.names.values()}
+    claimed = {
+        n
+        for lay in layouts
+        for group in groups_of(list(state), lay, segment).values()
+        for n in group.names.values()
+    }
     scales = [name for name in state if name.endswith("_scale_inv")]
     if scales:
         raise QuantizationError(
@@ -136,7 +142,7 @@ def merge(
     rank do not hold its part.
     """
     values = {index: state[name] for index, name in group.names.items()}
-    sizes = _sizes(group, values, sizes)
+    sizes = sizes_of(group, values, sizes)
     spread = grouped_spread(mesh) if mesh is not None else HERE
     shape = shape_of(target, sizes)
     runs = spread.runs(native_name(group, target), shape)
@@ -165,7 +171,7 @@ def _device(first: torch.Tensor, spread: Spread) -> torch.device:
     return torch.device(spread.mesh.device_type)
 
 
-def _sizes(group: Group, values: Mapping[Index, torch.Tensor], sizes: Sizes) -> dict[str, int]:
+def sizes_of(group: Group, values: Mapping[Index, torch.Tensor], sizes: Sizes) -> dict[str, int]:
     """All sizes of a group, its tensors' shapes and dtypes judged."""
     known = dict(sizes)
     for index, value in values.items():
@@ -183,7 +189,11 @@ def _sizes(group: Group, values: Mapping[Index, torch.Tensor], sizes: Sizes) -> 
 
 
 def _shape_error(name: str, value: torch.Tensor, row: Row, sizes: Sizes) -> RestowError:
-    known = ", ".join(f"{axis} is {sizes[axis]}" for axis in sorted(sizes) if axis in row.axes and axis_size(row, axis, sizes))
+    known = ", ".join(
+        f"{axis} is {sizes[axis]}"
+        for axis in sorted(sizes)
+        if axis in row.axes and axis_size(row, axis, sizes)
+    )
     return ExpertShapeError(
         f"shape '{' '.join(map(str, row.dims))}' of {show(name)}, where {known}",
         f"{list(value.shape)}",

@@ -24,7 +24,9 @@ from restow.torch.read import run_plan
 from restow.torch.relayout import as_view
 
 Index = tuple[int, ...]
-Held = Mapping[Index, tuple[Runs, torch.Tensor]]  # by the indices of the row's name axes: what is held, and the memory
+Held = Mapping[
+    Index, tuple[Runs, torch.Tensor]
+]  # by the indices of the row's name axes: what is held, and the memory
 
 
 def indices(row: Row, sizes: Sizes) -> list[Index]:
@@ -32,7 +34,9 @@ def indices(row: Row, sizes: Sizes) -> list[Index]:
     return list(product(*(range(axis_size(row, axis, sizes)) for axis in row.name_axes)))
 
 
-def views(source: Row, target: Row, sizes: Sizes, held: Held, wanted: Mapping[Index, Runs]) -> dict[Index, torch.Tensor]:
+def views(
+    source: Row, target: Row, sizes: Sizes, held: Held, wanted: Mapping[Index, Runs]
+) -> dict[Index, torch.Tensor]:
     """Every wanted tensor of `target` as a view of the memory in `held`, in the order of `wanted`."""
     if not wanted:
         return {}
@@ -49,7 +53,12 @@ def views(source: Row, target: Row, sizes: Sizes, held: Held, wanted: Mapping[In
 
 
 def fill(
-    source: Row, target: Row, sizes: Sizes, held: Held, wanted: Mapping[Index, Runs], into: Mapping[Index, torch.Tensor]
+    source: Row,
+    target: Row,
+    sizes: Sizes,
+    held: Held,
+    wanted: Mapping[Index, Runs],
+    into: Mapping[Index, torch.Tensor],
 ) -> None:
     """Write every wanted tensor of `target` into its place in `into`: local tensors of the shapes their runs give."""
     if all(tensor.device.type == "meta" or not tensor.numel() for tensor in into.values()):
@@ -87,7 +96,9 @@ def _plan(
     plan = Plan(
         parts=tuple(Part(names[i], dtype_name(tensor.dtype), "", 0, 0) for i, (_, tensor) in held.items()),
         targets=tuple(
-            whole_target(_name(target, i), tuple(map(_length, runs)), dtype_name(into[i].dtype if i in into else first))
+            whole_target(
+                _name(target, i), tuple(map(_length, runs)), dtype_name(into[i].dtype if i in into else first)
+            )
             for i, runs in wanted.items()
         ),
         patterns=tuple(patterns),

@@ -29,12 +29,18 @@ class Record:
         self._lent: dict[str, list[Lent]] = {name: [] for name in names}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Record, (tuple(self._lent),)  # a copy of the model has memory of its own: only the names are true of it
+        return Record, (
+            tuple(self._lent),
+        )  # a copy of the model has memory of its own: only the names are true of it
 
     def lend(self, name: str, tensor: torch.Tensor, experts: tuple[int, ...], other: bool) -> None:
         """Note that views of `tensor` were handed out under a native name; what is gone meanwhile is forgotten."""
         new = Lent(StorageWeakRef(tensor.untyped_storage()), experts, other)
-        kept = [old for old in self._lent.get(name, ()) if not old.storage.expired() and old.storage != new.storage]
+        kept = [
+            old
+            for old in self._lent.get(name, ())
+            if not old.storage.expired() and old.storage != new.storage
+        ]
         self._lent[name] = [*kept, new]
 
     def holder(self, name: str, values: Iterable[torch.Tensor]) -> Lent | None:
@@ -57,4 +63,9 @@ class Record:
 
     def empty(self, other: bool) -> list[tuple[str, Lent]]:
         """The names of which this rank holds no expert: nothing is to be loaded, so they are."""
-        return [(n, one) for n, lent in self._lent.items() for one in lent if not one.experts and one.other == other]
+        return [
+            (n, one)
+            for n, lent in self._lent.items()
+            for one in lent
+            if not one.experts and one.other == other
+        ]

@@ -67,4 +67,6 @@ def one_label(row: Row, label: str) -> Row:
 
 def row_named(layout: Layout, name: str) -> Row | None:
     """The row whose tensors' name, which carries no axis, is `name`; None where there is none."""
-    return next((row for row in layout.rows if not row.name_axes and "".join(map(str, row.name)) == name), None)
+    return next(
+        (row for row in layout.rows if not row.name_axes and "".join(map(str, row.name)) == name), None
+    )

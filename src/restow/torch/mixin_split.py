@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from restow.errors import ExpertShapeError, show
 from restow.layout import Sizes, axis_size, name_of, shape_of, solve_sizes
-from restow.notation import Row, dim_keys
+from restow.notation import Row, dim_keys, parse_row
 from restow.torch.mixin_mesh import Spread, moved, numbers, one_expert
 from restow.torch.mixin_moves import Index, fill, indices, views
 from restow.torch.storage import slot_of
@@ -58,7 +58,12 @@ def grouped(name: str, tensor: torch.Tensor, row: Row, sizes: Sizes) -> Grouped:
         )
     slot = slot_of(name, tensor, meta=True)
     return Grouped(
-        name, tensor.detach(), row, {**sizes, **more}, numbers(slot.target.runs[dim]), one_expert(name, tensor, dim)
+        name,
+        tensor.detach(),
+        row,
+        {**sizes, **more},
+        numbers(slot.target.runs[dim]),
+        one_expert(name, tensor, dim),
     )
 
 
@@ -70,13 +75,16 @@ def split(source: Grouped, target: Row, *, alias: bool) -> dict[str, torch.Tenso
     sizes, shape = source.sizes, shape_of(target, source.sizes)
     spread = moved(source.name, source.spread, source.row, target, sizes)
     runs = spread.runs(source.name, shape)
-    wanted = {index: runs for index in _local(target, sizes, source.experts)}
+    wanted = dict.fromkeys(_local(target, sizes, source.experts), runs)
     held = {(): (slot_of(source.name, source.tensor, meta=True).target.runs, source.local)}
     if alias:
         made = views(source.row, target, sizes, held, wanted)
     else:
         size = [sum(length for _, length in dim) for dim in runs]
-        made = {index: torch.empty(size, dtype=source.tensor.dtype, device=source.local.device) for index in wanted}
+        made = {
+            index: torch.empty(size, dtype=source.tensor.dtype, device=source.local.device)
+            for index in wanted
+        }
         fill(source.row, target, sizes, held, wanted, made)
     return {name_of(target, index, sizes): spread.wrapped(tensor, shape) for index, tensor in made.items()}
 
@@ -89,3 +97,14 @@ def _local(row: Row, sizes: Sizes, experts: Iterable[int]) -> list[Index]:
         by_expert.setdefault(index[at], []).append(index)
     assert axis_size(row, "e", sizes) == len(by_expert)
     return [index for expert in experts for index in by_expert[expert]]
+
+
+def split_any(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The local experts of any tensor whose first dim is `count` experts, as views, in order; DTensors stay DTensors."""
+    axes = [f"x{i}" for i in range(1, weight.ndim)]
+    layout = [
+        parse_row(f"any {name} {' '.join(dims) or '-'}")
+        for name, dims in (("all", ["e", *axes]), ("{e}", axes))
+    ]
+    sizes = dict(zip(("e", *axes), weight.shape, strict=True))
+    return list(split(grouped("weight", weight, layout[0], sizes), layout[1], alias=True).values())

@@ -14,10 +14,10 @@ from math import prod
 import torch
 
 from restow.boxes import strides_of
-from restow.errors import UnexpectedTensorError, show
+from restow.errors import AmbiguousLayoutError, UnexpectedTensorError, show
 from restow.family import Family
 from restow.landing import Wish, layout_of
-from restow.layout import Layout
+from restow.layout import Layout, rows_text
 from restow.opening import family_of
 from restow.planning import default_targets, make_plan
 from restow.plans import Copy, Plan
@@ -43,6 +43,8 @@ def relayout(
     given = layout_of(src, known)
     source = as_checkpoint(state, known, given)
     source = replace(source, given=True)
+    if not source.modules and not source.problems:
+        raise _no_experts(state, given)
     wish = Wish(layout=dst, family=known)
     targets = default_targets(source, dst, wish)
     made = make_plan(source, targets, wish)
@@ -70,6 +72,15 @@ def relayout(
     left = replace(made, copies=tuple(copy for copy in made.copies if copy.target in rest))
     run_plan(left, {made.targets[i].name: out[made.targets[i].name] for i in rest}, memory=state)
     return out
+
+
+def _no_experts(state: Mapping[str, torch.Tensor], given: Layout | None) -> AmbiguousLayoutError:
+    return AmbiguousLayoutError(
+        "experts in the layout that src says" if given else "experts in a layout that restow knows",
+        f"none among {len(state)} tensors",
+        sections=[("layout", rows_text(given) if given else ()), ("there are", map(show, list(state)[:3]))],
+        hint="say what they are in with src=",
+    )
 
 
 def as_view(plan: Plan, target: int, copies: list[Copy], state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

@@ -199,8 +199,8 @@ def tensors_of(into: Into) -> Iterator[tuple[str, torch.Tensor, bool]]:
                 raise UsageError(f"a tensor as {show(name)}", type(tensor).__name__, tensor=str(name))
             yield unwrapped(name), tensor, True
         return
-    modules: Iterable[nn.Module] = [into] if isinstance(into, nn.Module) else into
-    for module in modules:
+    modules = [into] if isinstance(into, nn.Module) else into
+    for module in modules if isinstance(modules, Iterable) else [modules]:
         if not isinstance(module, nn.Module):
             raise UsageError("an nn.Module, a list of them, or a mapping of tensors", type(module).__name__)
         for path, child in module.named_modules(remove_duplicate=False):

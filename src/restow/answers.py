@@ -1,0 +1,47 @@
+"""Reports of the verbs that read or write data, as what the command line says: the report's own text, and its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from restow.terminal import DIFFERENT, DONE, Answer, Line
+
+if TYPE_CHECKING:
+    from restow.torch.convert import ConvertReport
+    from restow.torch.verify import VerifyReport
+
+
+def converted(report: ConvertReport, source: str) -> Answer:
+    """What a conversion did, and how to check it."""
+    lines = _lines(str(report))
+    lines.append(Line(f"check it with: restow verify {source} {report.target}"))
+    return Answer(plain(report), lines)
+
+
+def verified(report: VerifyReport) -> Answer:
+    """What a comparison found; exit code 4 where something differs."""
+    text = str(report).splitlines()
+    lines = [Line(text[0], "good" if report.equal else "bad"), *map(Line, text[1:])]
+    return Answer(plain(report), lines, DONE if report.equal else DIFFERENT)
+
+
+def _lines(text: str) -> list[Line]:
+    head, *rest = text.splitlines()
+    return [Line(head, "good"), *(Line(line, "warn" if "warning" in line else "") for line in rest)]
+
+
+def plain(report: Any) -> dict[str, Any]:
+    """A report's fields as values that JSON has."""
+    return {item.name: _value(getattr(report, item.name)) for item in dataclasses.fields(report)}
+
+
+def _value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(value)
+    if isinstance(value, Mapping):
+        return {str(key): _value(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_value(item) for item in value]
+    return value

@@ -1,0 +1,79 @@
+"""An adapter's folder: its config, the header of its tensors, and single tensors read when they are asked for.
+
+Rejects what `header` rejects, and folders without `adapter_config.json` or `adapter_model.safetensors`, by name.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from restow.adapter_config import MODEL, AdapterConfig, read_adapter_config
+from restow.adapter_stamp import Stamp, read_stamp
+from restow.errors import AdapterError, IntegrityError, RestowError
+from restow.files import open_source
+from restow.header import Header, read_header
+from restow.torch.dtypes import torch_dtype
+
+
+class AdapterFile:
+    """An open adapter: `with AdapterFile(folder) as file: file.get(name)`."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.root = os.fspath(folder)
+        self.config: AdapterConfig = read_adapter_config(self.root)
+        self._stack = ExitStack()
+        try:
+            self._source = self._stack.enter_context(open_source(Path(self.root) / MODEL))
+        except RestowError as error:
+            hint = "an adapter in another format (adapter_model.bin) is saved again with safetensors"
+            raise AdapterError(MODEL, error.found, path=Path(self.root) / MODEL, hint=hint) from None
+        try:
+            self.header: Header = read_header(self._source)
+        except BaseException:
+            self._stack.close()
+            raise
+        self._rows = {name: i for i, name in enumerate(self.header.names)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(zip(self.header.names, self.header.shapes, strict=True))
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return dict(zip(self.header.names, self.header.dtypes, strict=True))
+
+    @property
+    def stamp(self) -> Stamp:
+        return read_stamp(self.header.metadata)
+
+    @property
+    def size(self) -> int:
+        return self.header.size
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor, read now."""
+        row = self._rows[name]
+        tensor = torch.empty(self.header.shapes[row], dtype=torch_dtype(self.header.dtypes[row]))
+        if tensor.numel():
+            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            self._source.preadv(self.header.begins[row], [data])
+        return tensor
+
+    def check(self) -> None:
+        """Raise `IntegrityError` if the file has changed since it was opened."""
+        if self._source.changed():
+            raise IntegrityError("an adapter that stays as it was", "another file", path=self._source.path)

@@ -1,0 +1,287 @@
+"""One conversion of an adapter, decided before anything is written: names, shapes, config, stamp; then the tensors.
+
+Modules are taken one after the other, twice: once to see what they become, once to make it, so that memory holds one
+module, whatever the adapter's size. Tensors of ordinary modules go along as they are. It rejects an adapter of which a
+tensor would be neither converted nor taken along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from restow.adapter_base import Base
+from restow.adapter_config import AdapterConfig, adapter_config
+from restow.adapter_emit import (
+    FIELDS,
+    NEWEST,
+    VERSIONS,
+    Wanted,
+    one_scale,
+    says,
+    scales,
+    target_modules,
+    target_parameters,
+    written,
+)
+from restow.adapter_formats import FORMATS, Format, era_of, faces_of, parameter
+from restow.adapter_keys import PREFIX
+from restow.adapter_read import Adapter, Pair, Plain
+from restow.adapter_stamp import Stamp, origin_of
+from restow.errors import AdapterError, show
+from restow.torch.adapter_factors import Get, times
+from restow.torch.adapter_write import Module, arrange, fold, key_of, place_of, spell, wanted
+from restow.torch.dtypes import dtype_name
+
+Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion: what is read, and everything that will be written."""
+
+    adapter: Adapter
+    base: Base
+    fmt: Format
+    stamp: Stamp
+    get: Get
+    config: Mapping[str, Any]
+    out_stamp: Stamp
+    scale: float | None  # the one scale of formats that have one
+    specs: tuple[Spec, ...]
+    passed: Mapping[str, str]  # name there -> name in the source
+    notes: tuple[str, ...]
+    rounded: tuple[str, ...]
+    faces: str
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the result, module by module; only what is asked for is in memory."""
+        for pairs in self.adapter.modules.values():
+            module = self._module(pairs)
+            for spelled in spell(module, self.fmt, self.base):
+                yield from spelled.make().items()
+        folds = {plain.names[1]: plain for plain in self.adapter.plain} if self.scale is not None else {}
+        for name, source in self.passed.items():
+            tensor = self.get(source)
+            if source in folds:
+                ratio = self.adapter.config.scale(folds[source].rank, folds[source].alpha) / float(self.scale or 1)
+                tensor = times(tensor, ratio) if abs(ratio - 1) > 1e-12 else tensor
+            back = self.stamp.folded.get(f"plain|{_module_of(source)}") if self.scale is None else None
+            if back is not None:
+                plain = next(p for p in self.adapter.plain if p.names[1] == source or p.names[0] == source)
+                if source == plain.names[1]:
+                    tensor = times(tensor, self.adapter.config.scale(plain.rank, plain.alpha) / back)
+            yield name, tensor
+
+    def _module(self, pairs: list[Pair]) -> Module:
+        module = arrange(pairs, self.get, self.fmt, self.base, self.adapter.config, self.stamp)
+        if self.scale is None:
+            return module
+        return replace(module, blocks=tuple(fold(b, self.adapter.config, self.scale)[0] for b in module.blocks))
+
+
+def make_job(
+    adapter: Adapter, base: Base, fmt: Format, stamp: Stamp, get: Get, dtypes: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]], installed: str | None = None,
+) -> Job:  # fmt: skip
+    """Decide a conversion. `dtypes` and `shapes` are the source's by name; `installed` the PEFT that will read it."""
+    config = adapter.config
+    _account(adapter, shapes)
+    _judge(adapter, fmt)
+    specs: list[Spec] = []
+    want: list[Wanted] = []
+    notes: list[str] = []
+    rounded: list[str] = []
+    parts: dict[str, Any] = {}
+    scale_keys: list[tuple[str, int, float]] = []
+    for path, pairs in adapter.modules.items():
+        module = arrange(pairs, get, fmt, base, config, stamp)
+        for spelled in spell(module, fmt, base):
+            specs += [(name, dtype_name(spelled.dtype), spelled.shape) for name in spelled.names]
+        want += wanted(module, path, fmt, base, config)
+        scale_keys += [(key_of(base, path, b.role, b.labels), b.rank, config.scale(b.rank, b.alpha))
+                       for b in module.blocks]  # fmt: skip
+        notes += module.notes
+        rounded += module.rounded
+        if module.parts is not None:
+            parts["|".join(map(str, base.family.place(path)))] = module.parts
+    for plain in adapter.plain:
+        scale = config.scale(plain.rank, plain.alpha)
+        back = stamp.folded.get(f"plain|{plain.module}") if not fmt.one_scale else None
+        want.append(Wanted((plain.module,), ".".join(plain.module.split(".")[-2:]), plain.rank, back or scale))
+        scale_keys.append((f"plain|{plain.module}", plain.rank, scale))
+    passed = _passed(adapter)
+    specs += [(name, dtypes[source], shapes[source]) for name, source in passed.items()]
+    one, folded = None, dict[str, float]()
+    carry = _carried(config, stamp, fmt)
+    if fmt.one_scale:
+        rank, alpha, rslora = one_scale(config, want, fmt)
+        one = replace(config, rslora=rslora).scale(rank, alpha)
+        folded = {key: scale for key, _, scale in scale_keys if abs(scale / one - 1) > 1e-12}
+        if folded:
+            notes.append(f"{len(folded)} modules have another scale than {one:g}; the ratio was multiplied into B")
+    raw = _config(adapter, base, fmt, stamp, carry, want, installed, notes)
+    faces = str(faces_of(fmt.era, base.family)) if fmt.era else ""
+    first = next(iter(adapter.faces.values()), ("", ""))[0]
+    kind = next(iter(adapter.kinds.values())).kind if adapter.kinds else "none"
+    origin = stamp.origin or origin_of(config, kind, first, _one_scale_name(stamp))
+    names = [name for name, *_ in specs]
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise AdapterError("a name for every tensor", f"{show(twice)} twice", tensor=twice)
+    return Job(adapter, base, fmt, stamp, get, raw, Stamp(fmt.name, origin, parts, folded), one, tuple(sorted(specs)),
+               passed, tuple(dict.fromkeys(notes)), tuple(rounded), faces)  # fmt: skip
+
+
+def _account(adapter: Adapter, shapes: Mapping[str, object]) -> None:
+    """Every tensor of the source is a factor or goes along."""
+    used = {n for p in adapter.pairs for f in (p.a, p.b) for n in f.names if n is not None}
+    used |= {n for p in adapter.plain for n in p.names} | set(adapter.others)
+    lost = [name for name in shapes if name not in used]
+    if lost:
+        raise AdapterError(
+            "a place for every tensor of the adapter", f"{len(lost)} without one", tensor=lost[0],
+            sections=[("tensors", map(show, lost))], hint="please report the adapter's names",
+        )  # fmt: skip
+
+
+def _judge(adapter: Adapter, fmt: Format) -> None:
+    """What a format cannot say: DoRA and biases of B on experts, extra weights where an engine refuses them."""
+    raw = adapter.config.raw
+    for word in ("use_dora", "lora_bias"):
+        if raw.get(word) and adapter.pairs:
+            raise AdapterError(f"{word} false for adapters of experts", "true", path=adapter.config.path,
+                               hint="such an adapter can only be merged by the program that trained it")  # fmt: skip
+    if fmt.one_scale and adapter.others:
+        raise AdapterError(
+            f"factors alone, which is all that {fmt.name} reads", f"{len(adapter.others)} other tensors",
+            path=adapter.config.path, tensor=adapter.others[0], sections=[("tensors", map(show, adapter.others))],
+            hint="merge the adapter into its base instead",
+        )  # fmt: skip
+
+
+def _passed(adapter: Adapter) -> dict[str, str]:
+    names = [n for plain in adapter.plain for n in plain.names] + list(adapter.others)
+    return {n if n.startswith(PREFIX) else f"{PREFIX}{n}": n for n in sorted(names)}
+
+
+def _module_of(name: str) -> str:
+    return name.removeprefix(PREFIX).rpartition(".lora_")[0]
+
+
+def _one_scale_name(stamp: Stamp) -> bool:
+    return stamp.format in FORMATS and FORMATS[stamp.format].one_scale
+
+
+def _carried(config: AdapterConfig, stamp: Stamp, fmt: Format) -> AdapterConfig:
+    """The config whose numbers are kept: this one, or the first of the chain where this one had to give them up."""
+    if not _one_scale_name(stamp) or stamp.origin is None or fmt.one_scale:
+        return config
+    fields = {k: v for k, v in stamp.origin.fields.items() if k in FIELDS[:5]}
+    try:
+        first = adapter_config({**{k: v for k, v in config.raw.items() if k not in FIELDS[:5]}, **fields}, config.path)
+    except AdapterError:
+        return config
+    return replace(config, rank=first.rank, alpha=first.alpha, rslora=first.rslora, ranks=first.ranks,
+                   alphas=first.alphas)  # fmt: skip
+
+
+def _config(
+    adapter: Adapter, base: Base, fmt: Format, stamp: Stamp, carry: AdapterConfig, want: list[Wanted],
+    installed: str | None, notes: list[str],
+) -> Mapping[str, Any]:  # fmt: skip
+    """The result's config: the first one of the chain where it says the same, else this one with what must change."""
+    faces = str(faces_of(fmt.era, base.family)) if fmt.era else ""
+    origin = stamp.origin
+    if origin is not None and origin.signature == (fmt.kind, faces, fmt.one_scale):
+        raw = {k: v for k, v in adapter.config.raw.items() if k not in FIELDS} | dict(origin.fields)
+        try:
+            if says(adapter_config(raw), want):
+                return raw
+        except AdapterError:
+            pass
+    said = scales(carry, want, fmt)
+    changes: dict[str, Any] = _targets(adapter, base, fmt)
+    if fmt.kind == "wrapper" and fmt.peft:
+        changes["peft_version"] = installed or VERSIONS.get(fmt.era, NEWEST)
+        if adapter.config.raw.get("lora_dropout"):
+            changes["lora_dropout"] = 0.0
+            notes.append("lora_dropout is 0 here: PEFT has no dropout on parameters")
+    elif fmt.kind in ("wrapper", "wrapper3"):
+        changes["peft_version"] = NEWEST
+    raw = written(said, **changes)
+    raw.pop("lora_B_layout", None)
+    raw.pop("restow_layout", None)
+    if fmt.kind in ("native", "stacked", "outer", "wrapper3"):
+        raw["restow_layout"] = fmt.name
+    return raw
+
+
+def _targets(adapter: Adapter, base: Base, fmt: Format) -> dict[str, Any]:
+    """target_modules and target_parameters in the format's names."""
+    config, family = adapter.config, base.family
+    given = config.names("target_parameters")
+    routers = [p.module for p in adapter.plain if any(_ends(f"{p.module}.weight", t) for t in given)]
+    plain = [p.module for p in adapter.plain if p.module not in routers]
+    modules = target_modules(config, plain, base)
+    names: list[str] = []
+    tails: list[str] = []
+    leaves: list[str] = []
+    for path, pairs in adapter.modules.items():
+        to, container = place_of(base, path, fmt)
+        for role in dict.fromkeys(p.role for p in pairs):
+            names.append(f"{to}.{parameter(family, role)}")
+            tails.append(f"{container}.{parameter(family, role)}")
+        for w in wanted_leaves(pairs, fmt, base):
+            leaves.append(w)
+    if fmt.kind in ("expert",):
+        experts = _expert_entries(adapter, base, list(dict.fromkeys(leaves)))
+        stay = [t for t in given if not any(_ends(n, t) for n in _parameters(adapter, base))]
+        return {"target_modules": [*modules, *experts], "target_parameters": stay or None}
+    every = base.checkpoint is None or len(adapter.modules) == len(base.checkpoint.modules)
+    counts = {tail: tails.count(tail) for tail in tails}
+    every = every and len(set(counts.values())) <= 1
+    return {"target_modules": modules, "target_parameters": target_parameters(config, names, tails, every)}
+
+
+def _parameters(adapter: Adapter, base: Base) -> list[str]:
+    return [f"{path}.{parameter(base.family, role)}" for path in adapter.modules for role in ("in", "out")]
+
+
+def wanted_leaves(pairs: list[Pair], fmt: Format, base: Base) -> list[str]:
+    """The last segments of the per-expert modules of these roles."""
+    from restow.adapter_formats import per_expert
+    from restow.layout import name_of
+
+    found = []
+    for role in dict.fromkeys(p.role for p in pairs):
+        row = per_expert(base.family)[role]
+        count = len(row.labels.get("p", ("",)))
+        for label in range(count):
+            if role == "in" and not any(label in p.labels for p in pairs if p.role == "in"):
+                continue
+            index = tuple(0 if axis == "e" else label for axis in row.name_axes)
+            found.append(name_of(row, index, {}).removesuffix(".weight").rpartition(".")[2])
+    return found
+
+
+def _expert_entries(adapter: Adapter, base: Base, leaves: list[str]) -> list[str]:
+    """Leaves where they mean experts alone, else `experts.0.gate_proj` and so on."""
+    plain = {base.family.canonical(p.module) for p in adapter.plain}
+    linear = {n.removesuffix(".weight") for n in base.canonical_weights}
+    clash = {n.rpartition(".")[2] for n in linear - plain}
+    count = max((p.sizes["e"] for p in adapter.pairs), default=0)
+    found: list[str] = []
+    for leaf in leaves:
+        found += [leaf] if leaf not in clash else [f"experts.{e}.{leaf}" for e in range(count)]
+    return found
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+__all__ = ["Job", "Plain", "era_of", "make_job"]
