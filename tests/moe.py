@@ -96,7 +96,7 @@ class Model:
 
 
 def numbers(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """A tensor whose bits count on from element to element; its values are finite, and differ where they can."""
+    """A tensor whose bits count on from element to element; its values are finite."""
     count = prod(shape)
     if dtype in (torch.int64, torch.int32, torch.int16, torch.float32, torch.float64):
         return (

@@ -58,7 +58,7 @@ def test_grouped_tensors_are_nemo_s(family_id: str, segment: str, gated: bool, s
 
 def test_the_comparison_can_fail() -> None:
     split = load_file(tiny.saved("qwen3_moe") / "model.safetensors")
-    swapped = {n.replace("gate_proj", "x").replace("up_proj", "gate_proj").replace("x", "up_proj")
+    swapped = {n.replace("gate_proj", "?").replace("up_proj", "gate_proj").replace("?", "up_proj")
                if ".experts." in n else n: t for n, t in split.items()}  # fmt: skip
     a, b = (merged(tensors, "mlp.experts", True) for tensors in (split, swapped))
     assert {name.rpartition(".")[2] for name in differing(a, b)} == {"gate_and_up_projs"}

@@ -27,7 +27,9 @@ FORMS = {"hub": True, "runtime": False}
 VISION = {  # fused and permuted on the hub: no rename can say that, so both sides are left out by name
     ("step3p7", True): {
         "allow_missing": [
-            f"model.vision_model.layers.0.self_attn.{x}_proj.{kind}" for x in "qkv" for kind in ("weight", "bias")
+            f"model.vision_model.layers.0.self_attn.{x}_proj.{kind}"
+            for x in "qkv"
+            for kind in ("weight", "bias")
         ],
         "allow_unused": [
             f"vision_model.transformer.resblocks.0.attn.in_proj_{kind}" for kind in ("weight", "bias")

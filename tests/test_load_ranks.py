@@ -69,7 +69,7 @@ def silence() -> Iterator[None]:
 
 
 def on_ranks(world: int, folder: Path, work: Callable[..., Any], *arguments: object) -> list[Any]:
-    """`work(rank, *arguments)` in `world` forked processes of one gloo group: what each returned, or raises."""
+    """`work(rank, *arguments)` in `world` forked processes of a gloo group: what each returned."""
     pipes = []
     for rank in range(world):
         ours, theirs = os.pipe()

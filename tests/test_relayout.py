@@ -1,4 +1,4 @@
-"""Relayout in memory: every pair of layouts bit for bit, views where strides can say it, the source as it was."""
+"""Relayout in memory: every pair of layouts bit for bit, views where strides allow, the source as it was."""
 
 from __future__ import annotations
 

@@ -29,6 +29,8 @@ if _TYPE_CHECKING:
     from restow.torch.load import load as load
     from restow.torch.load import plan as plan
     from restow.torch.relayout import relayout as relayout
+    from restow.torch.save import SaveReport as SaveReport
+    from restow.torch.save import save as save
     from restow.torch.verify import VerifyReport as VerifyReport
     from restow.torch.verify import verify as verify
 
@@ -39,6 +41,7 @@ _PLACES = {
     "Layout": ("restow.layout", "Layout"),
     "LoadReport": ("restow.torch.load", "LoadReport"),
     "Plan": ("restow.plans", "Plan"),
+    "SaveReport": ("restow.torch.save", "SaveReport"),
     "Shard": ("restow.targets", "Shard"),
     "VerifyReport": ("restow.torch.verify", "VerifyReport"),
     "convert": ("restow.torch.convert", "convert"),
@@ -50,11 +53,12 @@ _PLACES = {
     "open": ("restow.opening", "open_checkpoint"),
     "plan": ("restow.torch.load", "plan"),
     "relayout": ("restow.torch.relayout", "relayout"),
+    "save": ("restow.torch.save", "save"),
     "verify": ("restow.torch.verify", "verify"),
 }
 
 __all__ = [
-    "open", "plan", "load", "relayout", "convert", "verify", "empty_like_disk", "Checkpoint", "Plan",
+    "open", "plan", "load", "save", "relayout", "convert", "verify", "empty_like_disk", "Checkpoint", "Plan",
     "LoadReport", "ConvertReport", "VerifyReport", "Layout", "Family", "Shard", "layouts", "families", "errors",
 ]  # fmt: skip
 __version__ = "0.1.0"

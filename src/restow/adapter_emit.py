@@ -50,8 +50,10 @@ class Wanted:
 def scales(config: AdapterConfig, wanted: Iterable[Wanted], fmt: Format) -> AdapterConfig:
     """The config with r, alpha and patterns that give every wanted name its rank and scale."""
     todo = list(wanted)
-    if fmt.one_scale:
-        return _one_scale(config, todo, fmt)
+    if fmt.one_scale:  # the caller has made all scales one; patterns that give ranks are for others than its reader
+        rank, alpha, rslora = one_scale(config, todo, fmt)
+        config = replace(config, rank=rank, alpha=alpha, rslora=rslora, ranks={}, alphas={})
+        todo = [replace(w, scale=config.scale(rank, alpha)) for w in todo]
     wrong = [w for w in todo if not w.fits(config)]
     if not wrong:
         return config
@@ -92,12 +94,6 @@ def _added(config: AdapterConfig, wrong: Sequence[Wanted], alike: Mapping[str, b
 def says(config: AdapterConfig, wanted: Iterable[Wanted]) -> bool:
     """Whether a config gives every wanted name its rank and scale."""
     return all(w.fits(config) for w in wanted)
-
-
-def _one_scale(config: AdapterConfig, wanted: Sequence[Wanted], fmt: Format) -> AdapterConfig:
-    """For readers that know one alpha / r: the caller has made all scales one."""
-    rank, alpha, rslora = one_scale(config, wanted, fmt)
-    return replace(config, rank=rank, alpha=alpha, rslora=rslora, ranks={}, alphas={})
 
 
 def one_scale(config: AdapterConfig, wanted: Sequence[Wanted], fmt: Format) -> tuple[int, Number, bool]:

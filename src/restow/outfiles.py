@@ -1,7 +1,7 @@
 """Which files a checkpoint is written to: names, headers and every tensor's place, before a byte is written.
 
-Either new ones, filled up to a limit in the order given, or the very files that a record holds. Pure arithmetic: it
-rejects nothing and does no I/O. Headers are written by ourselves, so that equal input gives equal bytes.
+Either new ones, filled up to a limit in the order given, or the very files that a record holds. Pure arithmetic and no
+I/O: it rejects recorded heads that are none. Headers are written by ourselves, so that equal input gives equal bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from restow.entries import DTYPE_BITS
+from restow.errors import HeaderError
 from restow.header import Header, parse_header
 
 INDEX = "model.safetensors.index.json"
@@ -84,7 +85,7 @@ def recorded_files(heads: Mapping[str, bytes], path: str) -> tuple[OutFile, ...]
     files = []
     for name, head in heads.items():
         text = head[8:]
-        header = parse_header(text, len(head) + _data_bytes(text), path, name)
+        header = parse_header(text, len(head) + _data_bytes(text, path, name), path, name)
         files.append(OutFile(name, head, placed(header), header.size))
     return tuple(files)
 
@@ -95,9 +96,13 @@ def placed(header: Header) -> tuple[Placed, ...]:
     return tuple(sorted((Placed(*row) for row in rows), key=lambda tensor: (tensor.begin, tensor.end)))
 
 
-def _data_bytes(text: bytes) -> int:
-    table = json.loads(text)
-    return max((row["data_offsets"][1] for name, row in table.items() if name != "__metadata__"), default=0)
+def _data_bytes(text: bytes, path: str, name: str) -> int:
+    """Where the last tensor of a head ends: no file is there yet to say it."""
+    try:
+        rows = [row for key, row in json.loads(text).items() if key != "__metadata__"]
+        return max((int(row["data_offsets"][1]) for row in rows), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise HeaderError("the head of a safetensors file", f"{type(error).__name__}: {error}", path=f"{path}/{name}") from error
 
 
 def index_text(files: Sequence[OutFile]) -> bytes:

@@ -1,7 +1,7 @@
 """What a conversion writes down so that it can be undone to the byte: the source's heads, index and layouts.
 
 Kept in the manifest, compressed. `read_record` rejects folders that no conversion made, and those whose values cannot
-come back: decoded, cast, or with experts chosen.
+come back: decoded, cast, or with experts chosen; and records that are none, or unpack to more than a limit.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from restow import manifest
 from restow.checkpoint import Checkpoint
-from restow.errors import UsageError
+from restow.errors import IndexFileError, NotationError, UsageError
 from restow.files import SourceFile, open_source, read_all
 from restow.layout import Layout
+from restow.limits import LIMITS
 
 SECTION = "undo"
 
@@ -65,17 +66,26 @@ def read_record(source: Checkpoint) -> Record:
         )
     if "refused" in section:
         raise UsageError("a conversion that can be undone", str(section["refused"]), path=source.path)
-    heads = {k.removeprefix("head "): _unpack(v) for k, v in section.items() if k.startswith("head ")}
-    index = [(k.removeprefix("index "), _unpack(v)) for k, v in section.items() if k.startswith("index ")]
-    layouts = {
-        k.removeprefix("layout "): Layout.parse(v) for k, v in section.items() if k.startswith("layout ")
-    }
-    return Record(heads, index[0] if index else None, layouts)
+    try:
+        heads = _texts(section, "head ", LIMITS.header + 8)
+        index = _texts(section, "index ", LIMITS.index)
+        layouts = {k.removeprefix("layout "): Layout.parse(v) for k, v in section.items() if k.startswith("layout ")}
+    except (ValueError, TypeError, AttributeError, zlib.error, NotationError) as error:
+        raise IndexFileError("a record that can be read", f"{error}", path=source.path) from error
+    return Record(heads, next(iter(index.items()), None), layouts)
+
+
+def _texts(section: Mapping[str, str], word: str, limit: int) -> dict[str, bytes]:
+    return {k.removeprefix(word): _unpack(v, limit) for k, v in section.items() if k.startswith(word)}
 
 
 def _pack(data: bytes) -> str:
     return base64.b85encode(zlib.compress(data, 6)).decode("ascii")
 
 
-def _unpack(text: str) -> bytes:
-    return zlib.decompress(base64.b85decode(text))
+def _unpack(text: str, limit: int) -> bytes:
+    engine = zlib.decompressobj()
+    data = engine.decompress(base64.b85decode(text), limit)
+    if not engine.eof:
+        raise ValueError(f"more than {limit} bytes in one entry, or an end that is missing")
+    return data

@@ -11,9 +11,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from restow.adapter_base import Base, BaseLike, base_of
 from restow.adapter_config import CONFIG, MODEL, config_text
@@ -26,8 +23,9 @@ from restow.family import Family
 from restow.outfiles import new_files
 from restow.publish import Staging
 from restow.sidefiles import side_files
-from restow.torch.adapter_file import AdapterFile
+from restow.torch.adapter_file import ORIGINALS, AdapterFile, bytes_of
 from restow.torch.adapter_job import Job, make_job
+from restow.torch.dtypes import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ class LoraReport:
         if decided:
             lines.append(f"  which side lora_A faces was decided by {', '.join(sorted(decided))}")
         if self.rounded:
-            lines.append(f"  rounded: {', '.join(map(show, self.rounded[:3]))} ({len(self.rounded)} in all)")
+            lines.append(f"  rounded (kept exact beside, for the way back): {', '.join(map(show, self.rounded[:3]))} ({len(self.rounded)} in all)")
         lines += [f"  {note}" for note in self.notes[:20]]
         if len(self.notes) > 20:
             lines.append(f"  ... {len(self.notes) - 20} more")
@@ -109,7 +107,7 @@ def convert(
         fmt, reader = resolve(to, known)
         adapter = read_adapter(file.shapes, file.config, known, Options(faces, outer, expert_major))
         version = reader.split(",")[0] if to == "peft" and "installed" in reader and "none" not in reader else None
-        job = make_job(adapter, known, fmt, file.stamp, file.get, file.dtypes, file.shapes, version)
+        job = make_job(adapter, known, fmt, file.stamp, file.get, file.dtypes, file.shapes, version, file.original)
         written = _write(job, file, target, replace)
         file.check()
     passed = len(job.passed)
@@ -131,29 +129,24 @@ def convert(
 
 def _write(job: Job, file: AdapterFile, target: str | os.PathLike[str], replace: bool) -> int:
     metadata = {"format": "pt", KEY: job.out_stamp.text()}
-    (out,) = new_files(job.specs, 1 << 62, metadata)
+    outs = [(MODEL, new_files(job.specs, 1 << 62, metadata)[0], job.tensors)]
+    kept = sorted((key, dtype_name(t.dtype), tuple(t.shape)) for key, t in job.originals()) if job.rounded else []
+    if kept:
+        outs.append((ORIGINALS, new_files(kept, 1 << 62, {})[0], job.originals))
     side = side_files(file.root)
-    others = {name: data for name, data in side.files.items() if name != CONFIG}
-    config = config_text(job.config)
-    size = out.size + len(config) + sum(map(len, others.values()))
-    places = {t.name: t.begin for t in out.tensors}
-    with Staging(target, size=size, count=len(others) + 3, sources=[file.root], replace=replace) as staging:
-        staging.create(MODEL, out.size)
-        staging.write(MODEL, 0, out.head)
-        for name, tensor in job.tensors():
-            if tensor.numel():
-                data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-                staging.write(MODEL, places[name], data)
-        staging.add(CONFIG, config)
-        for name, data in others.items():
+    small = {name: data for name, data in side.files.items() if name != CONFIG}
+    small[CONFIG] = config_text(job.config)
+    size = sum(out.size for _, out, _ in outs) + sum(map(len, small.values()))
+    with Staging(target, size=size, count=len(small) + 3, sources=[file.root], replace=replace) as staging:
+        for name, out, tensors in outs:
+            places = {t.name: t.begin for t in out.tensors}
+            staging.create(name, out.size)
+            staging.write(name, 0, out.head)
+            for key, tensor in tensors():
+                if tensor.numel():
+                    staging.write(name, places[key], bytes_of(tensor.contiguous()))
+        for name, data in small.items():
             staging.add(name, data)
         staging.finish({"source": {MODEL: file.size}})
-    return out.size
+    return outs[0][1].size
 
-
-class AdapterState(dict[str, torch.Tensor]):
-    """Tensors by name, as a dict; `config` is their adapter_config, `notes` what should be told."""
-
-    config: Mapping[str, Any]
-    notes: tuple[str, ...]
-    rounded: tuple[str, ...]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import frexp
 
 import torch
 
@@ -165,27 +166,27 @@ def views(a: torch.Tensor, b: torch.Tensor, place: Place) -> tuple[torch.Tensor,
     return a.narrow(1, at, count), b.narrow(3, at, count).narrow(1, first, last - first + 1)
 
 
-def joined(blocks: Sequence[Block], labels: int, rslora: bool) -> tuple[Block, float | None]:
+def joined(blocks: Sequence[Block], labels: int, rslora: bool) -> tuple[Block, list[tuple[Block, float]]]:
     """The blocks of `in` as one that serves all projections, its A and B the blocks side by side.
 
-    Also the number that B of the later ones had to be multiplied by, where scales differ; None where nothing was.
+    Also the blocks whose scale is another than the first's, and what their B was multiplied by.
     """
     first = blocks[0]
     if len(blocks) == 1 and len(first.labels) == labels:
-        return first, None
+        return first, []
     places = places_of(blocks)
     rank = sum(block.rank for block in blocks)
     sizes = {**first.sizes, "r": rank, "p": labels}
     a = torch.zeros(shape_of(CANON["in.A"], sizes), dtype=_common([block.a for block in blocks]))
     b = torch.zeros(shape_of(CANON["in.B"], sizes), dtype=_common([block.b for block in blocks]))
     scale = scale_of(first.rank, first.alpha, rslora)
-    folded = None
+    folded = []
     for block, place in zip(blocks, places, strict=True):
         to_a, to_b = views(a, b, place)
         to_a.copy_(block.a)
         ratio = scale_of(block.rank, block.alpha, rslora) / scale
         to_b.copy_(block.b if ratio == 1 else times(block.b, ratio))
-        folded = ratio if ratio != 1 else folded
+        folded += [(block, ratio)] if ratio != 1 else []
     experts = tuple(sorted({i for block in blocks for i in block.experts}))
     alpha = first.alpha if rank == first.rank else alpha_of(rank, scale, rslora)
     return replace(first, labels=tuple(range(labels)), rank=rank, alpha=alpha, experts=experts, a=a, b=b), folded
@@ -194,6 +195,23 @@ def joined(blocks: Sequence[Block], labels: int, rslora: bool) -> tuple[Block, f
 def times(tensor: torch.Tensor, ratio: float) -> torch.Tensor:
     """`tensor * ratio`, rounded once; exact where the ratio is a power of two."""
     return (tensor.double() * ratio).to(tensor.dtype)
+
+
+def exact(ratio: float) -> bool:
+    """Whether multiplying by it rounds nothing (denormals apart): a power of two."""
+    return ratio != 0 and abs(frexp(ratio)[0]) == 0.5
+
+
+def unfolded(tensor: torch.Tensor, ratio: float, original: torch.Tensor | None) -> torch.Tensor | None:
+    """`tensor` before it was multiplied by `ratio`: by a power of two, or as `original` kept it; None where neither can
+    say it. An original that does not give `tensor` is another's."""
+    if exact(ratio):
+        return times(tensor, 1 / ratio)
+    if original is None or original.shape != tensor.shape or original.dtype != tensor.dtype:
+        return None
+    again = times(original, ratio).double()
+    near = 4 * torch.finfo(tensor.dtype).eps
+    return original if torch.allclose(again, tensor.double(), rtol=near, atol=0.0) else None
 
 
 def parts(block: Block, known: Sequence[Place] | None) -> list[Place]:

@@ -16,9 +16,12 @@ import torch
 from restow.adapter_config import MODEL, AdapterConfig, read_adapter_config
 from restow.adapter_stamp import Stamp, read_stamp
 from restow.errors import AdapterError, IntegrityError, RestowError
-from restow.files import open_source
+from restow.files import SourceFile, open_source
 from restow.header import Header, read_header
 from restow.torch.dtypes import torch_dtype
+
+
+ORIGINALS = "restow_unscaled.safetensors"
 
 
 class AdapterFile:
@@ -38,6 +41,7 @@ class AdapterFile:
         except BaseException:
             self._stack.close()
             raise
+        self._kept: dict[str, torch.Tensor] | None = None
         self._rows = {name: i for i, name in enumerate(self.header.names)}
 
     def __enter__(self) -> Self:
@@ -66,14 +70,34 @@ class AdapterFile:
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, read now."""
-        row = self._rows[name]
-        tensor = torch.empty(self.header.shapes[row], dtype=torch_dtype(self.header.dtypes[row]))
-        if tensor.numel():
-            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-            self._source.preadv(self.header.begins[row], [data])
-        return tensor
+        return _tensor(self._source, self.header, self._rows[name])
+
+    def original(self, key: str) -> torch.Tensor | None:
+        """B as it was before a scale was multiplied into it, where a conversion kept it beside the adapter."""
+        path = Path(self.root) / ORIGINALS
+        if self._kept is None:
+            self._kept = {}
+            if path.is_file() and self.stamp.folded:
+                with open_source(path) as source:
+                    header = read_header(source)
+                    for row, name in enumerate(header.names):
+                        self._kept[name] = _tensor(source, header, row)
+        return self._kept.get(key)
 
     def check(self) -> None:
         """Raise `IntegrityError` if the file has changed since it was opened."""
         if self._source.changed():
             raise IntegrityError("an adapter that stays as it was", "another file", path=self._source.path)
+
+
+def _tensor(source: SourceFile, header: Header, row: int) -> torch.Tensor:
+    tensor = torch.empty(header.shapes[row], dtype=torch_dtype(header.dtypes[row]))
+    if tensor.numel():
+        source.preadv(header.begins[row], [bytes_of(tensor)])
+    return tensor
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    view: object = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(view)  # type: ignore[arg-type]

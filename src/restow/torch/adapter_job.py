@@ -32,8 +32,8 @@ from restow.adapter_keys import PREFIX
 from restow.adapter_read import Adapter, Pair, Plain
 from restow.adapter_stamp import Stamp, origin_of
 from restow.errors import AdapterError, show
-from restow.torch.adapter_factors import Get, times
-from restow.torch.adapter_write import Module, arrange, fold, key_of, place_of, spell, wanted
+from restow.torch.adapter_factors import Get, exact, times, unfolded
+from restow.torch.adapter_write import Module, Original, arrange, fold, key_of, place_of, spell, wanted
 from restow.torch.dtypes import dtype_name
 
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
@@ -54,8 +54,8 @@ class Job:
     specs: tuple[Spec, ...]
     passed: Mapping[str, str]  # name there -> name in the source
     notes: tuple[str, ...]
-    rounded: tuple[str, ...]
-    faces: str
+    rounded: tuple[str, ...]  # modules whose B was rounded
+    original: Original
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the result, module by module; only what is asked for is in memory."""
@@ -63,29 +63,59 @@ class Job:
             module = self._module(pairs)
             for spelled in spell(module, self.fmt, self.base):
                 yield from spelled.make().items()
-        folds = {plain.names[1]: plain for plain in self.adapter.plain} if self.scale is not None else {}
+        plains = {plain.names[1]: plain for plain in self.adapter.plain}
         for name, source in self.passed.items():
-            tensor = self.get(source)
-            if source in folds:
-                ratio = self.adapter.config.scale(folds[source].rank, folds[source].alpha) / float(self.scale or 1)
-                tensor = times(tensor, ratio) if abs(ratio - 1) > 1e-12 else tensor
-            back = self.stamp.folded.get(f"plain|{_module_of(source)}") if self.scale is None else None
-            if back is not None:
-                plain = next(p for p in self.adapter.plain if p.names[1] == source or p.names[0] == source)
-                if source == plain.names[1]:
-                    tensor = times(tensor, self.adapter.config.scale(plain.rank, plain.alpha) / back)
-            yield name, tensor
+            if source in plains:
+                yield name, _plain_b(plains[source], self.adapter.config, self.stamp, self.get, self.original, self.scale)[0]
+            else:
+                yield name, self.get(source)
+
+    def originals(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """B as it was, by key, of what multiplying rounded: kept beside the adapter, so that the way back is exact."""
+        for pairs in self.adapter.modules.values():
+            module = arrange(pairs, self.get, self.fmt, self.base, self.adapter.config, self.stamp, self.original)
+            yield from module.originals.items()
+            if self.scale is not None:
+                for block in module.blocks:
+                    if not exact(fold(block, self.adapter.config, self.scale)[1]):
+                        yield key_of(self.base, block.path, block.role, block.labels), block.b
+        if self.scale is not None:
+            for plain in self.adapter.plain:
+                if not exact(_ratio(plain, self.adapter.config, self.scale)):
+                    yield f"plain|{plain.module}", self.get(plain.names[1])
 
     def _module(self, pairs: list[Pair]) -> Module:
-        module = arrange(pairs, self.get, self.fmt, self.base, self.adapter.config, self.stamp)
+        module = arrange(pairs, self.get, self.fmt, self.base, self.adapter.config, self.stamp, self.original)
         if self.scale is None:
             return module
         return replace(module, blocks=tuple(fold(b, self.adapter.config, self.scale)[0] for b in module.blocks))
 
 
+def _ratio(plain: Plain, config: AdapterConfig, scale: float) -> float:
+    ratio = config.scale(plain.rank, plain.alpha) / scale
+    return 1.0 if abs(ratio - 1) < 1e-12 else ratio
+
+
+def _plain_b(
+    plain: Plain, config: AdapterConfig, stamp: Stamp, get: Get, original: Original, scale: float | None
+) -> tuple[torch.Tensor, float]:
+    """An ordinary module's B, with another scale multiplied in or taken out, and the scale that is left to say."""
+    tensor = get(plain.names[1])
+    said = config.scale(plain.rank, plain.alpha)
+    if scale is not None:
+        ratio = _ratio(plain, config, scale)
+        return (tensor if ratio == 1 else times(tensor, ratio)), scale
+    before = stamp.folded.get(f"plain|{plain.module}")
+    if before is not None:
+        back = unfolded(tensor, before / said, original(f"plain|{plain.module}"))
+        if back is not None:
+            return back, before
+    return tensor, said
+
+
 def make_job(
     adapter: Adapter, base: Base, fmt: Format, stamp: Stamp, get: Get, dtypes: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]], installed: str | None = None,
+    shapes: Mapping[str, tuple[int, ...]], installed: str | None = None, original: Original = lambda key: None,
 ) -> Job:  # fmt: skip
     """Decide a conversion. `dtypes` and `shapes` are the source's by name; `installed` the PEFT that will read it."""
     config = adapter.config
@@ -95,36 +125,39 @@ def make_job(
     want: list[Wanted] = []
     notes: list[str] = []
     rounded: list[str] = []
+    folded: dict[str, float] = {}
     parts: dict[str, Any] = {}
     scale_keys: list[tuple[str, int, float]] = []
     for path, pairs in adapter.modules.items():
-        module = arrange(pairs, get, fmt, base, config, stamp)
+        module = arrange(pairs, get, fmt, base, config, stamp, original)
         for spelled in spell(module, fmt, base):
             specs += [(name, dtype_name(spelled.dtype), spelled.shape) for name in spelled.names]
         want += wanted(module, path, fmt, base, config)
         scale_keys += [(key_of(base, path, b.role, b.labels), b.rank, config.scale(b.rank, b.alpha))
                        for b in module.blocks]  # fmt: skip
         notes += module.notes
-        rounded += module.rounded
+        folded.update(module.folded)
+        rounded += module.originals
         if module.parts is not None:
             parts["|".join(map(str, base.family.place(path)))] = module.parts
     for plain in adapter.plain:
-        scale = config.scale(plain.rank, plain.alpha)
-        back = stamp.folded.get(f"plain|{plain.module}") if not fmt.one_scale else None
-        want.append(Wanted((plain.module,), ".".join(plain.module.split(".")[-2:]), plain.rank, back or scale))
+        scale = _plain_b(plain, config, stamp, get, original, None)[1] if not fmt.one_scale else None
+        scale = scale or config.scale(plain.rank, plain.alpha)
+        want.append(Wanted((plain.module,), ".".join(plain.module.split(".")[-2:]), plain.rank, scale))
         scale_keys.append((f"plain|{plain.module}", plain.rank, scale))
     passed = _passed(adapter)
     specs += [(name, dtypes[source], shapes[source]) for name, source in passed.items()]
-    one, folded = None, dict[str, float]()
+    one = None
     carry = _carried(config, stamp, fmt)
     if fmt.one_scale:
         rank, alpha, rslora = one_scale(config, want, fmt)
         one = replace(config, rslora=rslora).scale(rank, alpha)
-        folded = {key: scale for key, _, scale in scale_keys if abs(scale / one - 1) > 1e-12}
-        if folded:
-            notes.append(f"{len(folded)} modules have another scale than {one:g}; the ratio was multiplied into B")
+        mine = {key: scale for key, _, scale in scale_keys if abs(scale / one - 1) > 1e-12}
+        rounded += [key for key, scale in mine.items() if not exact(scale / one)]
+        folded.update(mine)
+        if mine:
+            notes.append(f"{len(mine)} modules have another scale than {one:g}; the ratio was multiplied into B")
     raw = _config(adapter, base, fmt, stamp, carry, want, installed, notes)
-    faces = str(faces_of(fmt.era, base.family)) if fmt.era else ""
     first = next(iter(adapter.faces.values()), ("", ""))[0]
     kind = next(iter(adapter.kinds.values())).kind if adapter.kinds else "none"
     origin = stamp.origin or origin_of(config, kind, first, _one_scale_name(stamp))
@@ -133,7 +166,7 @@ def make_job(
         twice = next(n for n in names if names.count(n) > 1)
         raise AdapterError("a name for every tensor", f"{show(twice)} twice", tensor=twice)
     return Job(adapter, base, fmt, stamp, get, raw, Stamp(fmt.name, origin, parts, folded), one, tuple(sorted(specs)),
-               passed, tuple(dict.fromkeys(notes)), tuple(rounded), faces)  # fmt: skip
+               passed, tuple(dict.fromkeys(notes)), tuple(rounded), original)  # fmt: skip
 
 
 def _account(adapter: Adapter, shapes: Mapping[str, object]) -> None:

@@ -6,10 +6,9 @@ the tensors. It rejects what a format cannot hold: factors that differ between e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import frexp
 
 import torch
 
@@ -28,6 +27,7 @@ from restow.torch.adapter_factors import (
     Get,
     Take,
     bits_equal,
+    exact,
     filled_rank,
     joined,
     parts,
@@ -39,6 +39,7 @@ from restow.torch.adapter_factors import (
     split,
     there,
     times,
+    unfolded,
 )
 
 
@@ -50,7 +51,11 @@ class Module:
     blocks: tuple[Block, ...]
     parts: tuple[tuple[Place, ...], int] | None
     notes: tuple[str, ...]
-    rounded: tuple[str, ...]
+    folded: Mapping[str, float]  # by key: the true scale of what was multiplied
+    originals: Mapping[str, torch.Tensor]  # by key: B as it was, where multiplying rounded
+
+
+Original = Callable[[str], "torch.Tensor | None"]
 
 
 def key_of(base: Base, path: str, role: str, labels: Sequence[int]) -> str:
@@ -72,33 +77,44 @@ def place_of(base: Base, path: str, fmt: Format) -> tuple[str, str]:
 
 
 def arrange(
-    pairs: Sequence[Pair], get: Get, fmt: Format, base: Base, config: AdapterConfig, stamp: Stamp
-) -> Module:
+    pairs: Sequence[Pair], get: Get, fmt: Format, base: Base, config: AdapterConfig, stamp: Stamp,
+    original: Original,
+) -> Module:  # fmt: skip
     """Read one module and arrange its blocks for a format."""
     rslora, path = config.rslora, pairs[0].path
-    blocks = shared([_unfolded(read_block(pair, get), base, config, stamp) for pair in pairs])
+    back = _Back(base, config, stamp, original)
+    blocks = shared([back.unfold(read_block(pair, get)) for pair in pairs])
     ins, outs = ([b for b in blocks if b.role == role] for role in ("in", "out"))
     place = "|".join(map(str, base.family.place(path)))
     known = stamp.parts.get(place)
     notes: list[str] = []
-    rounded: list[str] = []
+    folded: dict[str, float] = {}
+    originals: dict[str, torch.Tensor] = {}
     keep: tuple[tuple[Place, ...], int] | None = known
     to, _ = place_of(base, path, fmt)
     if fmt.kind in ("expert", "outer"):
         ins, cut = _apart(ins, known, rslora)
+        ins = [back.unfold(block) for block in ins]
         if outs and cut and outs[0].rank == cut:
             outs = [resized(outs[0], _unpadded(outs[0], ins, known), rslora)]
         blocks = [replace(block, experts=there(block)) for block in (*ins, *outs)]
         if fmt.kind == "outer":
             _check_outer(blocks)
     elif ins:
-        one, folded = joined(ins, len(base.family.labels), rslora)
-        if one is not ins[0]:
+        one, times_ = joined(ins, len(base.family.labels), rslora)
+        for block, ratio in times_:
+            key = key_of(base, path, "in", block.labels)
+            folded[key] = config.scale(block.rank, block.alpha)
+            if not exact(ratio):
+                originals[key] = block.b
+        if times_:
+            notes.append(f"{show(to)}: gate and up have different scales; their ratio was multiplied into B")
+        if one is ins[0]:  # parts that lie in it, from a conversion before
+            for label in one.labels:
+                back.carry(key_of(base, path, "in", (label,)), folded, originals)
+        else:
             keep = (tuple(places_of(ins)), outs[0].rank if outs else 0)
             notes += _said(ins, one, to)
-            if folded is not None:
-                notes.append(f"{show(to)}: gate and up have different scales; their ratio was multiplied into B")
-                rounded += [to] if not _exact(folded) else []
             if fmt.kind == "native" and outs:
                 outs = [resized(outs[0], max(outs[0].rank, one.rank), rslora)]
                 one = resized(one, outs[0].rank, rslora)
@@ -107,7 +123,8 @@ def arrange(
     if absent and fmt.kind not in ("expert",):
         b = absent[0]
         notes.append(f"{show(to)}: {len(b.experts)} of {b.a.shape[0]} experts are adapted; the others hold zeros")
-    return Module(to, tuple(replace(b, path=to) for b in blocks), keep, tuple(notes), tuple(rounded))
+    return Module(to, tuple(replace(b, path=to) for b in blocks), keep, tuple(notes),
+                  folded, originals)  # fmt: skip
 
 
 def _said(ins: Sequence[Block], one: Block, path: str) -> list[str]:
@@ -140,20 +157,31 @@ def _unpadded(out: Block, ins: Sequence[Block], known: tuple[tuple[Place, ...], 
     return out.rank if need == out.rank else need
 
 
-def _unfolded(block: Block, base: Base, config: AdapterConfig, stamp: Stamp) -> Block:
-    """A block whose scale was multiplied into B, as it was before, where that is exact."""
-    scale = stamp.folded.get(key_of(base, block.path, block.role, block.labels))
-    if scale is None:
-        return block
-    ratio = config.scale(block.rank, block.alpha) / scale
-    if not _exact(ratio):
-        return block
-    return replace(block, alpha=alpha_of(block.rank, scale, config.rslora), b=times(block.b, ratio))
+class _Back:
+    """What a stamp knows about scales that were multiplied into B."""
 
+    def __init__(self, base: Base, config: AdapterConfig, stamp: Stamp, original: Original) -> None:
+        self.base, self.config, self.stamp, self.original = base, config, stamp, original
 
-def _exact(ratio: float) -> bool:
-    """Whether multiplying by it rounds nothing (denormals apart): a power of two."""
-    return ratio != 0 and abs(frexp(ratio)[0]) == 0.5
+    def unfold(self, block: Block) -> Block:
+        """A block with the scale that it had, where B can be given back exactly."""
+        key = key_of(self.base, block.path, block.role, block.labels)
+        scale = self.stamp.folded.get(key)
+        if scale is None:
+            return block
+        ratio = scale / self.config.scale(block.rank, block.alpha)
+        b = unfolded(block.b, ratio, self.original(key))
+        if b is None:
+            return block
+        return replace(block, alpha=alpha_of(block.rank, scale, self.config.rslora), b=b)
+
+    def carry(self, key: str, folded: dict[str, float], originals: dict[str, torch.Tensor]) -> None:
+        """What is still folded stays known."""
+        if key in self.stamp.folded:
+            folded[key] = self.stamp.folded[key]
+            kept = self.original(key)
+            if kept is not None:
+                originals[key] = kept
 
 
 def fold(block: Block, config: AdapterConfig, scale: float) -> tuple[Block, float]:

@@ -117,9 +117,9 @@ def stream(
 ) -> int:
     """Fill group after group and give each to `hand_on`, in order, in one other thread; the bytes read in all.
 
-    Raises what filling or `hand_on` raises, after both have stopped.
+    `progress` receives the bytes filled so far. Raises what filling or `hand_on` raises, after both have stopped.
     """
-    read = 0
+    read = done = 0
     buffers: list[torch.Tensor] = []
     pending: list[Future[None]] = []
     with ThreadPoolExecutor(1) as pool:
@@ -135,8 +135,9 @@ def stream(
                 filled, got = fill(prepared, group, buffers[number % 2], threads=threads)
                 read += got
                 pending.append(pool.submit(hand_on, filled))
+                done += sum(one.tensor.nbytes for one in filled)
                 if progress is not None:
-                    progress(read)
+                    progress(done)
             for future in pending:
                 future.result()
         except BaseException:

@@ -7,20 +7,23 @@ unknown layouts, sources with fatal problems, and destinations that `publish` re
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
 
 from restow.checkpoint import Checkpoint
-from restow.errors import ConfigError, UsageError, show
-from restow.family import Family
+from restow.errors import ConfigError, MissingTensorError, UnexpectedTensorError, UsageError, show
 from restow.landing import Experts, Wish, chosen_experts, layout_of
 from restow.layout import Layout
 from restow.opening import open_checkpoint
@@ -31,11 +34,15 @@ from restow.publish import Staging
 from restow.record import SECTION, make_record, read_record
 from restow.sidefiles import side_files
 from restow.targets import Target, whole_target
-from restow.torch.chunks import Filled, Slice, slices, stream
-from restow.torch.dtypes import dtype_name, narrows
+from restow.torch.chunks import CHUNK, Filled, Slice, slices, stream
+from restow.torch.dtypes import dtype_name, narrows, wider
 from restow.torch.read import Progress
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk", "moe_k",
+    "top_k_experts", "num_selected_experts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,9 @@ def convert(
             staging.add(name, data)
         if job.index is not None:
             staging.add(*job.index)
-        staging.finish({SECTION: job.undo, "tensors": digests, "source": _identity(opened)})
+        small = {**job.side, **dict([job.index] if job.index is not None else ())}
+        known = {name: {"sha256": hashlib.sha256(data).hexdigest()} for name, data in small.items()}
+        staging.finish({SECTION: job.undo, "tensors": digests, "source": _identity(opened)}, digests=known)
         notes = staging.notes
     return ConvertReport(
         target=os.fspath(target),
@@ -151,11 +160,13 @@ def _judge(opened: Checkpoint, strict: bool) -> tuple[str, ...]:
 
 
 def _prepare(
-    opened: Checkpoint, to: str | Layout, experts: Experts, dtype: torch.dtype | None, limit: int
+    opened: Checkpoint, to: str | Layout, experts: Experts, dtype: torch.dtype | None, max_bytes: int
 ) -> _Job:
     if opened.path is None or not opened.modules:
         raise UsageError("a checkpoint with experts", "none", path=opened.path)
-    side = side_files(opened.path)
+    if max_bytes < 1:
+        raise UsageError("max_shard_bytes of at least 1", f"{max_bytes}")
+    side = side_files(opened.path, opened.stamps)
     sides = dict(side.files)
     if to == "source":
         if experts is not None or dtype is not None:
@@ -163,15 +174,20 @@ def _prepare(
         return _undo(opened, sides, side.left)
     layout = layout_of(to, opened.family)
     assert layout is not None
+    _judge_experts(opened, experts)
     wish = Wish(layout=layout, family=opened.family, experts=experts, routers=experts is not None)
-    targets = [_cast(opened, t, dtype) for t in _with_routers(opened, default_targets(opened, layout, wish), wish)]
+    targets = list(_with_routers(opened, default_targets(opened, layout, wish), wish))
+    _judge_names(targets)
+    prepared = prepare(opened, targets, wish)
+    prepared = dataclasses.replace(prepared, targets={t.name: _cast(prepared, t, dtype) for t in targets})
+    _judge_cover(prepared)
     if experts is not None:
         sides["config.json"] = _mended(opened, wish, sides.get("config.json"))
     metadata = {"format": "pt"}
-    files = new_files(((t.name, t.dtype, t.shape) for t in targets), limit, metadata)
+    files = new_files(((t.name, t.dtype, t.shape) for t in prepared.targets.values()), max_bytes, metadata)
     why_not = "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
     return _Job(
-        prepared=prepare(opened, targets, wish),
+        prepared=prepared,
         files=files,
         index=(INDEX, index_text(files)) if len(files) > 1 else None,
         layout=to if isinstance(to, str) else "the layout given",
@@ -187,10 +203,51 @@ def _undo(opened: Checkpoint, sides: Mapping[str, bytes], left: tuple[str, ...])
     files = recorded_files(record.heads, opened.path)
     targets = [whole_target(t.name, t.shape, t.dtype) for file in files for t in file.tensors]
     layouts = set(record.layouts.values())
-    if len(layouts) != 1:
-        layouts = {layout for layout in layouts if layout is not None}
     wish = Wish(layout=next(iter(layouts)) if len(layouts) == 1 else None, family=opened.family)
-    return _Job(prepare(opened, targets, wish), files, record.index, "its source's layout", make_record(opened, ""), sides, left)
+    prepared = prepare(opened, targets, wish)
+    _judge_cover(prepared)
+    return _Job(prepared, files, record.index, "its source's layout", make_record(opened, ""), sides, left)
+
+
+def _judge_experts(opened: Checkpoint, experts: Experts) -> None:
+    if isinstance(experts, Mapping):
+        strangers = [path for path in experts if path not in opened.modules]
+        if strangers:
+            known = ", ".join(map(show, list(opened.modules)[:3]))
+            raise UsageError(f"experts by module, such as {known}", f"{show(strangers[0])}", path=opened.path)
+    for numbers in experts.values() if isinstance(experts, Mapping) else [] if experts is None else [experts]:
+        if isinstance(numbers, str) or not len(numbers):
+            raise UsageError("the numbers of the experts to keep, at least one", f"{numbers!r}")
+
+
+def _judge_names(targets: Iterable[Target]) -> None:
+    """Raise where the layout gives a tensor a name that another one has."""
+    twice = [name for name, count in Counter(target.name for target in targets).items() if count > 1]
+    if twice:
+        raise UsageError("a layout whose names are free", f"{show(twice[0])} twice", tensor=twice[0])
+
+
+def _judge_cover(prepared: Prepared) -> None:
+    """Every tensor of the destination is filled, and every one of the source has a place; raises for the first."""
+    if prepared.missing:
+        raise MissingTensorError(
+            "every tensor of the destination in the source",
+            f"{len(prepared.missing)} that it does not hold",
+            path=prepared.source.path,
+            tensor=prepared.missing[0],
+            sections=[("missing", map(show, prepared.missing))],
+            hint="nothing is filled in their place",
+        )
+    unused = (*prepared.left[0], *prepared.left[1])
+    if unused:
+        raise UnexpectedTensorError(
+            "a place for every tensor of the source",
+            f"{len(unused)} without one",
+            path=prepared.source.path,
+            tensor=unused[0],
+            sections=[("unused", map(show, unused))],
+            hint="a layout needs a row for every role of the experts: their biases, their scales",
+        )
 
 
 def _with_routers(opened: Checkpoint, targets: Sequence[Target], wish: Wish) -> Iterator[Target]:
@@ -207,10 +264,24 @@ def _with_routers(opened: Checkpoint, targets: Sequence[Target], wish: Wish) -> 
         yield whole_target(target.name, (*target.shape[:at], n, *target.shape[at + 1 :]), target.dtype)
 
 
-def _cast(opened: Checkpoint, target: Target, dtype: torch.dtype | None) -> Target:
-    row = opened.routers.get(target.name)
-    if dtype is None or target.dtype not in FLOATS or (row is not None and row.exact):
+def _dtypes(prepared: Prepared, name: str) -> tuple[str, ...]:
+    """The dtypes of what fills a target: of one tensor, or of all of a role."""
+    source = prepared.source
+    if name in prepared.plain:
+        return (source.tensors[prepared.plain[name]].dtype,)
+    path, role, _ = prepared.owners[name]
+    names = source.modules[prepared.pairs[path]].tensors[role]
+    return tuple(dict.fromkeys(source.tensors[n].dtype for n in names if n is not None))
+
+
+def _cast(prepared: Prepared, target: Target, dtype: torch.dtype | None) -> Target:
+    """A target in `dtype`, unless it must stay exact; without one in the dtype that holds all that fills it."""
+    if target.name not in prepared.plain and target.name not in prepared.owners:
         return target
+    row = prepared.source.routers.get(prepared.plain.get(target.name, ""))
+    held = wider(_dtypes(prepared, target.name))
+    if dtype is None or held not in FLOATS or (row is not None and row.exact):
+        return target._replace(dtype=held or target.dtype)
     return target._replace(dtype=dtype_name(dtype))
 
 
@@ -229,12 +300,27 @@ def _mended(opened: Checkpoint, wish: Wish, config: bytes | None) -> bytes:
     changed = [path for line in opened.family.sizes if line.key == "e" for path in _set_sizes(body, line.terms, count)]
     if not changed:
         raise ConfigError("the number of experts in config.json", "none", path=opened.path)
-    per_token = [body, body.get("text_config") or {}]
-    for part in per_token:
-        for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
-            if isinstance(part.get(key), int) and part[key] > count:
-                raise UsageError(f"at least {part[key]} experts, as many as each token takes ({key})", f"{count}")
+    for part in _parts(body):
+        _judge_routing(part, count)
     return (json.dumps(body, indent=2) + "\n").encode()
+
+
+def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A config and the objects in it."""
+    yield body
+    for value in body.values():
+        if isinstance(value, dict):
+            yield from _parts(value)
+
+
+def _judge_routing(part: Mapping[str, Any], count: int) -> None:
+    """Raise where a token cannot be given its experts any more."""
+    for key in PER_TOKEN:
+        if isinstance(part.get(key), int) and part[key] > count:
+            raise UsageError(f"at least {part[key]} experts, as many as each token takes ({key})", f"{count}")
+    groups = part.get("n_group")
+    if isinstance(groups, int) and groups > 0 and count % groups:
+        raise UsageError(f"a number of experts that {groups} groups (n_group) divide", f"{count}")
 
 
 def _set_sizes(body: dict[str, Any], terms: Sequence[str], count: int) -> list[str]:
@@ -259,31 +345,35 @@ def _write(
     left = {file.name: file.size for file in job.files}
     digests: dict[str, str] = {}
     hashes: dict[str, Any] = {}
+    sealed: list[Future[None]] = []
     lock = threading.Lock()
-
-    def account(file: str, written: int) -> None:
-        with lock:
-            left[file] -= written
-            done = left[file] == 0
-        if done:
-            staging.seal(file)
-
-    def hand_on(filled: Sequence[Filled]) -> None:
-        for one in filled:
-            name = one.slice.target.name
-            file, begin = places[name]
-            data = memoryview(one.tensor.reshape(-1).view(torch.uint8).numpy())
-            hashes.setdefault(name, xxhash.xxh3_128()).update(data)
-            account(file, staging.write(file, begin + one.slice.offset, data))
-            if one.slice.offset + len(data) == nbytes(one.slice.target.dtype, one.slice.target.shape):
-                digests[name] = hashes.pop(name).hexdigest()
-
-    for file in job.files:
-        staging.create(file.name, file.size)
-        account(file.name, staging.write(file.name, 0, file.head))
-    total = sum(nbytes(entry.dtype, entry.shape) for entry in job.prepared.source.tensors.values())
+    total = sum(tensor.end - tensor.begin for file in job.files for tensor in file.tensors)
     show_progress = _progress(progress, total)
-    read = stream(job.prepared, _slices(job), hand_on, threads=threads, progress=show_progress)
+    with ThreadPoolExecutor(1) as syncing:  # a disk that is slow to sync must not stop the reading
+
+        def account(file: str, written: int) -> None:
+            with lock:
+                left[file] -= written
+                done = left[file] == 0
+            if done:
+                sealed.append(syncing.submit(staging.seal, file))
+
+        def hand_on(filled: Sequence[Filled]) -> None:
+            for one in filled:
+                name = one.slice.target.name
+                file, begin = places[name]
+                data = memoryview(one.tensor.reshape(-1).view(torch.uint8).numpy())
+                hashes.setdefault(name, xxhash.xxh3_128()).update(data)
+                account(file, staging.write(file, begin + one.slice.offset, data))
+                if one.slice.offset + len(data) == nbytes(one.slice.target.dtype, one.slice.target.shape):
+                    digests[name] = hashes.pop(name).hexdigest()
+
+        for file in job.files:
+            staging.create(file.name, file.size)
+            account(file.name, staging.write(file.name, 0, file.head))
+        read = stream(job.prepared, _slices(job), hand_on, threads=threads, progress=show_progress)
+        for future in sealed:
+            future.result()
     for file in job.files:
         for tensor in file.tensors:
             if tensor.end == tensor.begin:
@@ -292,11 +382,10 @@ def _write(
 
 
 def _slices(job: _Job) -> Iterator[Slice]:
-    limit = 64 << 20
     for file in job.files:
         for tensor in file.tensors:
             if tensor.end > tensor.begin:
-                yield from slices(job.prepared.targets[tensor.name], limit)
+                yield from slices(job.prepared.targets[tensor.name], CHUNK // 2)
 
 
 def _progress(progress: Progress | bool | None, total: int) -> Any:
@@ -307,19 +396,16 @@ def _progress(progress: Progress | bool | None, total: int) -> Any:
 
         progress = bar("converting")
     call = progress
-    return lambda read: call(min(read, total), total)
+    return lambda done: call(done, total)
 
 
 def _narrowed(job: _Job) -> dict[str, str]:
+    """The tensors whose values a cast may have changed."""
     found = {}
     for name, target in job.prepared.targets.items():
-        source = job.prepared.plain.get(name)
-        if source is None and name in job.prepared.owners:
-            path, role, _ = job.prepared.owners[name]
-            module = job.prepared.source.modules[job.prepared.pairs[path]]
-            source = next(n for n in module.tensors[role] if n is not None)
-        if source is not None and narrows(job.prepared.source.tensors[source].dtype, target.dtype):
-            found[name] = f"{job.prepared.source.tensors[source].dtype} -> {target.dtype}"
+        lossy = [dtype for dtype in _dtypes(job.prepared, name) if narrows(dtype, target.dtype)]
+        if lossy:
+            found[name] = f"{lossy[0]} -> {target.dtype}"
     return found
 
 
@@ -328,4 +414,4 @@ def _identity(opened: Checkpoint) -> dict[str, int]:
     return {name: stamp[2] for name, stamp in opened.stamps.items()}
 
 
-__all__ = ["ConvertReport", "Family", "convert", "replace"]
+__all__ = ["ConvertReport", "convert"]

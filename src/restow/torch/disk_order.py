@@ -40,16 +40,16 @@ def empty_like_disk(
 ) -> dict[str, torch.Tensor]:
     """The source's experts as uninitialised tensors of `layout`, by name, their memory in the files' order.
 
-    `shard` and `experts` give a rank's part, as in `restow.load`, which takes the tensors by their names: make
-    them a model's parameters before it is loaded, since `load` replaces nothing. `dtype` is the source's if
-    None; with another one values are cast on the way, in order. `fully_shard` refuses parameters that are not
-    contiguous: with FSDP2 take a layout that is the files' order as it stands: `fused`, `stacked`, `epfd`.
+    `shard` and `experts` give a rank's part, as in `restow.load`, which takes the tensors by their names;
+    make them a model's parameters before it is loaded, since `load` replaces nothing. `dtype` is the source's
+    if None; with another one values are cast on the way, in order. `fully_shard` refuses parameters that are
+    not contiguous: for FSDP2 take a layout that is the files' order as it stands: `fused`, `stacked`, `epfd`.
 
     >>> restow.empty_like_disk(folder)["model.layers.0.mlp.experts.down_projs"].stride()   # [e, f, d]
     (7680, 1, 96)
 
-    Raises `UsageError` where no strides do it, what `restow.plan` raises, and `AmbiguousLayoutError` where the
-    source has no experts.
+    Raises `UsageError` where no strides do it, `AmbiguousLayoutError` where the source has no experts, and
+    what `restow.plan` raises.
     """
     known = family_of(family)
     opened = as_checkpoint(source, known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import MappingProxyType
 
 import torch
@@ -35,6 +36,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype not in NAME:
         raise DtypeMismatchError("a dtype that safetensors can hold", str(dtype))
     return NAME[dtype]
+
+
+def wider(dtypes: Iterable[str]) -> str | None:
+    """The dtype in which all of these lose nothing: the one that holds the others, F32 for two floats of which none
+    does; None for no dtype at all, or where there is no such one."""
+    found: str | None = None
+    for dtype in dtypes:
+        if found is None or not narrows(found, dtype):
+            found = dtype
+        elif narrows(dtype, found):
+            if found not in _REACH or dtype not in _REACH:
+                return None
+            found = "F32"
+    return found
 
 
 def narrows(source: str, target: str) -> bool:

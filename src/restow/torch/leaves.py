@@ -62,9 +62,7 @@ def _cut(dim: str, row: Row, sizes: Sizes, run: tuple[int, int], length: int) ->
         return None
     outer, inner = words
     if inner in ("e", "p"):  # interleaved
-        if start:
-            return None
-        return [(((inner, i),), slice(i, length, size[1])) for i in range(size[1])]
+        return [(((inner, i),), slice((i - start) % size[1], length, size[1])) for i in range(size[1])]
     parts = []
     for i in range(start // size[1], (start + length - 1) // size[1] + 1):
         low, high = max(start, i * size[1]) - start, min(start + length, (i + 1) * size[1]) - start

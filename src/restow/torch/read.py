@@ -25,10 +25,12 @@ from restow.plans import Copy, Part, Plan
 from restow.reads import GAP, Spans, spans
 from restow.torch.dtypes import dtype_name, torch_dtype
 from restow.torch.tiles import move
-from restow.torch.transpose import LINE, TILE_BYTES
+from restow.torch.transpose import LINE
 
 JOB = 16 << 20  # bytes of one job, where the outermost axis lets it be cut
 STAGE = 16 << 20  # bytes of one tile on its way to a device
+TILE = 4 << 20  # bytes of one tile, its cast copy included: the more rows, the longer the runs that a transpose writes
+KEPT = 64  # storages whose bytes a thread keeps at hand
 
 Progress = Callable[[int, int], None]
 
@@ -206,7 +208,7 @@ def _jobs(plan: Plan) -> Iterator[_Job]:
             continue
         itemsize = plan.itemsize(batch[0])
         outer, rows, _ = spans(*pattern[:2], itemsize)
-        step = max(1, JOB // max(1, prod(pattern.sizes[1:]) * itemsize))
+        step = even(pattern.sizes[0], JOB // max(1, prod(pattern.sizes[1:]) * itemsize), LINE // itemsize)
         if rows and outer == 0:
             step = max(rows, step // rows * rows)
         for first in range(0, pattern.sizes[0], step):
@@ -258,7 +260,8 @@ class _Worker:
         files: _Files,
     ) -> None:
         self._plan, self._tensors, self._memory, self._files = plan, tensors, memory, files
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch, self._cast = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
+        self._view = memoryview(self._scratch.numpy())
         self._bytes: dict[int, memoryview] = {}
 
     def run(self, job: _Job) -> tuple[int, dict[int, int]]:
@@ -353,7 +356,9 @@ class _Worker:
         """Tiles through one buffer, then moved: transposed, cast, or to another device."""
         itemsize = dtype.itemsize
         device = any(landing.tensor.device.type != "cpu" for landing in landings)
-        axis, length = tile_axis(sizes, itemsize, how, landings[0].strides, STAGE if device else TILE_BYTES)
+        cast = max((x.tensor.dtype.itemsize for x in landings if x.tensor.dtype != dtype), default=0)
+        limit = STAGE if device else TILE * itemsize // (itemsize + cast)
+        axis, length = tile_axis(sizes, itemsize, how, landings[0].strides, limit)
         read = 0
         for index in product(*(range(n) for n in sizes[:axis])):
             for first in range(0, sizes[axis] if sizes else 1, length):
@@ -365,7 +370,8 @@ class _Worker:
                 read += got
                 for landing in landings:
                     to = landing.offset + _dot(place, landing.strides)
-                    move(landing.tensor.as_strided(shape, landing.strides[axis:], to), tile)
+                    into = landing.tensor.as_strided(shape, landing.strides[axis:], to)
+                    move(into, tile if device or into.dtype == dtype else self._casted(tile, into.dtype))
         return read
 
     def _tile(
@@ -383,11 +389,10 @@ class _Worker:
         if how.rows:
             span = (shape[0] - 1) * steps[0] * itemsize + how.run
             buffer = self._buffer(span, itemsize)
-            read = source.preadv(offset, [memoryview(buffer.numpy())[:span]])
+            read = source.preadv(offset, [self._view[:span]])
             return buffer[: -(-span // itemsize) * itemsize].view(dtype).as_strided(shape, steps), read
         size = prod(shape) * itemsize
-        buffer = self._buffer(size, itemsize)
-        view = memoryview(buffer.numpy())
+        buffer, view = self._buffer(size, itemsize), self._view
         loops = max(0, how.outer - axis)
         run = itemsize * prod(shape[loops:])
         read = 0
@@ -400,14 +405,24 @@ class _Worker:
         need = -(-size // itemsize) * itemsize
         if self._scratch.numel() < need:
             self._scratch = torch.empty(need, dtype=torch.uint8)
+            self._view = memoryview(self._scratch.numpy())
         return self._scratch
+
+    def _casted(self, tile: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The tile in another dtype, in one reused buffer: a fresh one would be paid for page by page."""
+        need = tile.numel() * dtype.itemsize
+        if self._cast.numel() < need:
+            self._cast = torch.empty(need, dtype=torch.uint8)
+        return self._cast[:need].view(dtype).view(tile.shape).copy_(tile)
 
     def _storage(self, landing: _Landing) -> memoryview:
         """The bytes of a tensor's whole storage."""
         if landing.target not in self._bytes:
             storage = landing.tensor.untyped_storage()
             flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self._bytes = {landing.target: memoryview(flat.numpy())}
+            if len(self._bytes) == KEPT:
+                self._bytes.clear()
+            self._bytes[landing.target] = memoryview(flat.numpy())
         return self._bytes[landing.target]
 
 
@@ -447,12 +462,18 @@ def tile_axis(
     for axis in range(len(sizes)):
         inner = itemsize * prod(sizes[axis + 1 :])
         if inner <= limit or axis == len(sizes) - 1:
-            length = max(1, limit // inner)
-            line = max(1, LINE // itemsize)
-            if length < sizes[axis] and length >= line and strides[axis] == 1:
-                length -= length % line
-            return axis, min(length, sizes[axis])
+            line = LINE // itemsize if strides[axis] == 1 else 1
+            return axis, even(sizes[axis], limit // inner, line)
     raise AssertionError("sizes are not empty")
+
+
+def even(size: int, limit: int, line: int) -> int:
+    """The length of parts of at most `limit` that `size` is cut into: like ones, in whole lines where one fits."""
+    if size <= limit:
+        return size
+    limit = max(1, limit - limit % line if limit >= line else limit)
+    length = -(-size // -(-size // limit))
+    return -(-length // line) * line if limit >= line else length
 
 
 def _places(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
@@ -38,6 +39,7 @@ from restow.landing import Wish
 from restow.layout import Layout
 from restow.naming import Rename
 from restow.opening import family_of, open_checkpoint
+from restow.pages import PagedWrites, page_of
 from restow.planning import Prepared, plan_of, prepare
 from restow.publish import Staging
 from restow.targets import Shard, Target
@@ -117,6 +119,7 @@ def save(
     group: dist.ProcessGroup | None = None,
     wait: bool = True,
     reuse: SaveHandle | None = None,
+    page_bytes: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SaveReport | SaveHandle:
@@ -126,7 +129,8 @@ def save(
     layout is `layout`, else what the family's vendor ships. `rename` is what a load from these files takes, applied
     backwards. `dtype` is that of the files' floating tensors, rows that must stay exact apart; without `like` and
     `dtype` it is the state's. Ranks that hold the same part write it once. `wait=False` copies the state to host memory
-    and returns a `SaveHandle`; `reuse` is an earlier handle whose buffers are taken again.
+    and returns a `SaveHandle`; `reuse` is an earlier handle whose buffers are taken again. `page_bytes` is the unit of a
+    file that only one node may write, by the file system's type if None (0: none).
 
     Raises on every rank if any rank fails (`PeerFailedError` there); then the old checkpoint is as it was.
     """
@@ -135,7 +139,7 @@ def save(
     slots = _slots(state)
     sharded = shard is not None or any(not slot.plain for slot in slots.values())
     peers = Peers(group, alone=not sharded and group is None)
-    words = _Words(layout, family_of(family), like, rename, shard, dtype, max_shard_bytes, state)
+    words = _Words(layout, family_of(family), like, rename, shard, dtype, max_shard_bytes, state, page_bytes)
     if wait:
         return _save(slots, path, words, peers, replace, threads, progress)
     buffers = _copied(slots, reuse.buffers if reuse is not None else {})
@@ -165,6 +169,7 @@ class _Words:
     dtype: torch.dtype | None
     limit: int
     state: Into
+    page: int | None
 
 
 def _slots(state: Into) -> dict[str, Slot]:
@@ -206,7 +211,7 @@ def _save(
             odd = next(rank for rank, text in enumerate(digests) if text != digests[0])
             raise IntegrityError("the same files planned on every rank", f"others on rank {odd}", rank=peers.rank)
         if peers.rank == 0:
-            return _lead(outline, plan, slots, peers, path, replace, threads, progress, started)
+            return _lead(outline, plan, slots, peers, path, replace, words.page, threads, progress, started)
         return _follow(outline, plan, slots, peers, path, threads, started)
 
 
@@ -347,6 +352,7 @@ def _lead(
     peers: Peers,
     path: str | os.PathLike[str],
     replace: bool,
+    page: int | None,
     threads: int | None,
     progress: Progress | None,
     started: float,
@@ -358,24 +364,28 @@ def _lead(
     count = len(outline.files) + len(outline.side) + 1
     with Staging(path, size=size, count=count, sources=sources, replace=replace) as staging:
         token = sha256(os.urandom(16)).hexdigest()
+        if page is None:
+            page = page_of(staging.place.staging) if peers.size > 1 else 0
+        paged = PagedWrites(staging.write, page)
         for file in outline.files:
             staging.create(file.name, file.size)
-            staging.write(file.name, 0, file.head)
+            paged.write(file.name, 0, memoryview(file.head))
         for name, data in outline.side.items():
             staging.add(name, data)
         witness = staging.place.staging / ".witness"
         fd = writing.create(witness)
         writing.pwrite_all(fd, memoryview(token.encode()), 0)
         writing.close(fd)
-        peers.say("begin", json.dumps({"token": token, "staging": str(staging.place.staging)}))
+        peers.say("begin", json.dumps({"token": token, "staging": str(staging.place.staging), "page": page}))
         total = sum(file.size - len(file.head) for file in outline.files)
         written = write_plan(
             plan,
             {name: slots[name].local for name in slots},
-            staging.write,
+            paged.write,
             threads=threads,
             done=(lambda n: progress(n, total)) if progress else None,
         )
+        paged.settle(peers.rank, socket.gethostname(), peers.hear_all)
         reports = [json.loads(peers.hear("written", rank)) for rank in range(1, peers.size)]
         for report in reports:
             for name, n in report.items():
@@ -426,7 +436,9 @@ def _follow(
         return len(data)
 
     try:
-        written = write_plan(plan, {name: slots[name].local for name in slots}, write, threads=threads)
+        paged = PagedWrites(write, begin["page"])
+        written = write_plan(plan, {name: slots[name].local for name in slots}, paged.write, threads=threads)
+        paged.settle(peers.rank, socket.gethostname(), peers.hear_all)
         for name, fd in files.items():
             with writing.failures("sync", staging / name):
                 writing.fsync(fd)
@@ -462,8 +474,3 @@ def _same_disk(witness: Path, token: str, rank: int) -> None:
                 hint="save to a file system that all ranks share",
             )  # fmt: skip
         time.sleep(0.05)
-
-
-def unique(names: Iterable[str]) -> list[str]:
-    """Names without repeats, in order."""
-    return list(dict.fromkeys(names))

@@ -7,11 +7,13 @@ and where the values are found in another place, the report says where.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -24,14 +26,14 @@ from restow.errors import RestowError, UsageError, show
 from restow.find import Module
 from restow.landing import Wish, pair_modules
 from restow.layout import name_of
-from restow.naming import Rename, check_rename
+from restow.naming import Rename, check_rename, renamed
 from restow.notation import Row
 from restow.opening import family_of, open_checkpoint
 from restow.planning import Prepared, pair_others
 from restow.problems import merged
 from restow.targets import Target, whole_target
 from restow.torch.chunks import CHUNK, Filled, Slice, fill, grouped, room, slices
-from restow.torch.dtypes import narrows, torch_dtype
+from restow.torch.dtypes import torch_dtype, wider
 from restow.torch.explain import explain
 from restow.torch.leaves import leaves_of, name_index
 from restow.torch.read import Progress
@@ -128,16 +130,19 @@ def verify(
         return _alone(first, sample, threads, progress, strict, started)
     second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
     first, second = _one_family(first, second)
+    warnings = [str(problem.error) for side in (first, second) for problem in side.problems]
+    if strict and warnings:
+        raise merged([problem.error for side in (first, second) for problem in side.problems])
     sides = _pair(first, second, rename, experts_only)
-    read, found, notes = _compare(sides, _chosen(second, sides.targets, sample), threads, progress)
+    read, compared, found, notes = _compare(sides, _chosen(second, sides.targets, sample), threads, progress)
     found = [*sides.differences, *explain(found, first, second, sides.prepared, threads)]
     return VerifyReport(
         equal=not found,
         differences=tuple(found),
-        tensors=len(sides.targets),
+        tensors=compared,
         bytes_read=read,
         notes=tuple(notes),
-        warnings=tuple(str(p.error) for side in (first, second) for p in side.problems if not p.fatal),
+        warnings=tuple(warnings),
         sampled=_sampled(sample),
         seconds=time.perf_counter() - started,
     )
@@ -164,7 +169,12 @@ class _Sides:
     own: Prepared  # fills them from the second itself
     targets: Mapping[str, Target]
     differences: tuple[Difference, ...]
-    wider: Mapping[str, tuple[str, str]]
+    cast: Mapping[str, tuple[str, str]]
+
+    def nbytes(self, target: Target) -> int:
+        """The bytes of a target's held part on both sides."""
+        pair = self.cast.get(target.name, (target.dtype, target.dtype))
+        return prod(held(target.runs)) * sum(torch_dtype(dtype).itemsize for dtype in pair)
 
 
 def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: bool) -> _Sides:
@@ -174,17 +184,18 @@ def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: b
     plain = pair_others(first, names, wish)
     found: list[Difference] = []
     targets: dict[str, Target] = {}
-    wider: dict[str, tuple[str, str]] = {}
+    cast: dict[str, tuple[str, str]] = {}
     owners: dict[str, tuple[str, str, int]] = {}
 
-    def add(name: str, source: str) -> None:
-        ours, theirs = second.tensors[name].dtype, first.tensors[source].dtype
-        common = _common(theirs, ours)
+    def add(name: str, sources: Sequence[str]) -> None:
+        kinds = {first.tensors[source].dtype for source in sources}
+        ours, theirs = second.tensors[name].dtype, wider(sorted(kinds)) or " and ".join(sorted(kinds))
+        common = ours if kinds == {ours} else _common(theirs, ours)
         if common is None:
             found.append(Difference("dtype", name, why=f"{theirs} there, {ours} here"))
             return
         if ours != theirs:
-            wider[name] = (theirs, ours)
+            cast[name] = (theirs, ours)
         targets[name] = whole_target(name, second.tensors[name].shape, common)
 
     for path, module in second.modules.items():
@@ -192,8 +203,13 @@ def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: b
             found.append(Difference("extra", path, why="experts that the first checkpoint does not have"))
             continue
         other = first.modules[pairs[path]]
+        roles = {row.role for row in module.layout.rows if any(module.tensors.get(row.role, ()))}
+        for role in (r for r, names in other.tensors.items() if any(names) and r not in roles):
+            found.append(Difference("missing", path, why=f"no role '{role}' in the second checkpoint"))
         for row in module.layout.rows:
             theirs = other.tensors.get(row.role, ())
+            if row.role not in roles:
+                continue
             if not any(theirs):
                 found.append(Difference("extra", path, why=f"no role '{row.role}' in the first checkpoint"))
                 continue
@@ -211,7 +227,7 @@ def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: b
             for place, name in enumerate(module.tensors[row.role]):
                 assert name is not None
                 owners[name] = (path, row.role, place)
-                add(name, next(n for n in theirs if n is not None))
+                add(name, [n for n in theirs if n is not None])
     for path in first.modules:
         if path not in pairs.values():
             found.append(Difference("missing", path, why="experts that the second checkpoint does not have"))
@@ -222,16 +238,16 @@ def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: b
             shapes = [list(first.tensors[plain[name]].shape), list(second.tensors[name].shape)]
             found.append(Difference("shape", name, why=f"{shapes[0]} there, {shapes[1]} here"))
         else:
-            add(name, plain[name])
+            add(name, [plain[name]])
     if not experts_only:
-        used = set(plain.values())
+        used = {*plain.values(), *(name for name in first.others if renamed(name, rename) is None)}
         lost = [name for name in first.others if name not in used]
         found += [Difference("missing", name, why="not in the second checkpoint") for name in lost]
     owners = {name: owner for name, owner in owners.items() if name in targets}
     plain = {name: source for name, source in plain.items() if name in targets}
     prepared = Prepared(first, targets, wish, second.modules, pairs, owners, plain)
     own = Prepared(second, targets, Wish(), {}, {}, {}, {name: name for name in targets})
-    return _Sides(prepared, own, targets, tuple(found), wider)
+    return _Sides(prepared, own, targets, tuple(found), cast)
 
 
 def _gaps(module: Module, role: str, where: str) -> list[Difference]:
@@ -249,13 +265,7 @@ def _spelled(row: Row, place: int, module: Module) -> str:
 
 def _common(a: str, b: str) -> str | None:
     """The dtype in which two are compared: the one that holds the other, F32 for two floats of which none does."""
-    if a == b:
-        return a
-    if a not in FLOATS or b not in FLOATS:
-        return None
-    if not narrows(a, b):
-        return b
-    return a if not narrows(b, a) else "F32"
+    return a if a == b else wider((a, b)) if a in FLOATS and b in FLOATS else None
 
 
 def _chosen(second: Checkpoint, targets: Mapping[str, Target], sample: float | None) -> Iterator[Slice]:
@@ -264,7 +274,7 @@ def _chosen(second: Checkpoint, targets: Mapping[str, Target], sample: float | N
             if all(target.shape):
                 yield from slices(target, CHUNK // 2)
         return
-    every = [part for target in targets.values() for part in _leaf_slices(second, target)]
+    every = [part for target in targets.values() if all(target.shape) for part in _leaf_slices(second, target)]
     count = max(1, round(sample * len(every)))
     picked = sorted(random.Random(SEED).sample(range(len(every)), min(count, len(every))))
     for i in picked:
@@ -285,30 +295,36 @@ def _leaf_slices(second: Checkpoint, target: Target) -> Iterator[Slice]:
 
 def _compare(
     sides: _Sides, parts: Iterator[Slice], threads: int | None, progress: Progress | None
-) -> tuple[int, list[Difference], list[str]]:
+) -> tuple[int, int, list[Difference], list[str]]:
+    """Bytes read, tensors compared, differences, and notes."""
     found: list[Difference] = []
     unlike: set[str] = set()
+    compared = {name for name, target in sides.targets.items() if not all(target.shape)}
     read = 0
-    total = 2 * sum(room(target) for target in sides.targets.values())
+    parts = list(parts)
+    total = sum(sides.nbytes(part.target) for part in parts)
+    done = 0
     buffers = [torch.empty(0, dtype=torch.uint8)] * 2
-    for group in grouped(parts, CHUNK):
+    for group in grouped(iter(parts), CHUNK):
         need = sum(room(part.target) for part in group)
         buffers = [b if b.numel() >= need else torch.empty(max(need, CHUNK), dtype=torch.uint8) for b in buffers]
         theirs, got = fill(sides.prepared, group, buffers[0], threads=threads)
         ours, more = fill(sides.own, group, buffers[1], threads=threads)
         read += got + more
         for left, right in zip(theirs, ours, strict=True):
-            if not _same(left.tensor, right.tensor, right.slice.target.name in sides.wider):
+            if not _same(left.tensor, right.tensor, right.slice.target.name in sides.cast):
                 found += _differences(sides, left, right)
                 unlike.add(right.slice.target.name)
+        compared.update(part.target.name for part in group)
+        done += sum(sides.nbytes(part.target) for part in group)
         if progress is not None:
-            progress(min(read, total), total)
+            progress(done, total)
     kinds: dict[tuple[str, str], int] = {}
-    for name, pair in sides.wider.items():
-        if name not in unlike:
+    for name, pair in sides.cast.items():
+        if name in compared and name not in unlike:
             kinds[pair] = kinds.get(pair, 0) + 1
     notes = [f"{n} tensors are {a} there and {b} here, with equal values" for (a, b), n in kinds.items()]
-    return read, found, notes
+    return read, len(compared), found, notes
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -322,38 +338,58 @@ def _same(left: torch.Tensor, right: torch.Tensor, cast: bool) -> bool:
 
 
 def _unlike(left: torch.Tensor, right: torch.Tensor, cast: bool) -> torch.Tensor:
-    """Where two tensors differ: in bits; after a cast, which may renew a NaN's payload, in values."""
+    """Where two tensors differ in bits; after a cast, which may renew a NaN's payload, any two NaN are alike."""
     unlike = _bits(left) != _bits(right)
     if cast:
-        unlike &= ~((left == right) | (left.isnan() & right.isnan()))
+        unlike &= ~(left.isnan() & right.isnan())
     return unlike
 
 
 def _differences(sides: _Sides, left: Filled, right: Filled) -> Iterator[Difference]:
     """What differs in one slice, leaf by leaf where it belongs to experts."""
     target = right.slice.target
-    unlike = _unlike(left.tensor, right.tensor, target.name in sides.wider)
+    unlike = _unlike(left.tensor, right.tensor, target.name in sides.cast)
     first = tuple(runs[0][0] for runs in target.runs)
     for leaf, part in leaves_of(sides.prepared, target, held(target.runs)):
         mask = unlike if part is None else unlike[part]
         count = int(mask.sum())
         if not count:
             continue
-        at = tuple(int(i) for i in mask.nonzero()[0])
         pair = [t if part is None else t[part] for t in (left.tensor, right.tensor)]
+        flat = int(mask.reshape(-1).to(torch.uint8).argmax())
+        at = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), mask.shape))
         values = tuple(float(t[at].to(torch.float64)) for t in pair)
-        apart = (pair[0][mask].to(torch.float64) - pair[1][mask].to(torch.float64)).abs()
-        offset = tuple(s.start or 0 for s in part) if part is not None else (0,) * len(at)
-        index = tuple(i + o + f for i, o, f in zip(at, offset, first, strict=True))
-        why = ""
-        if target.name in sides.wider:
-            narrow = torch_dtype(min(sides.wider[target.name], key=lambda d: torch_dtype(d).itemsize))
-            if bool((pair[0].to(narrow) == pair[1].to(narrow)).all()):
-                why = f"equal after rounding to {str(narrow).removeprefix('torch.')}"
-        biggest = float(apart.nan_to_num(nan=float("inf")).max())
+        cuts = part if part is not None else (slice(None),) * len(at)
+        index = tuple(
+            (cut.start or 0) + i * (cut.step or 1) + begin
+            for i, cut, begin in zip(at, cuts, first, strict=True)
+        )
         family = sides.prepared.source.family
         labels = family.labels if family is not None else ("gate", "up")
+        why = _rounded(*pair, sides.cast.get(target.name, (target.dtype,)))
+        biggest = _apart(*pair)
         yield Difference("values", target.name, leaf, count, mask.numel(), index, values, biggest, why, labels)
+
+
+def _rounded(left: torch.Tensor, right: torch.Tensor, dtypes: Sequence[str]) -> str:
+    """Whether the two are equal in a narrower dtype: one of theirs, or bfloat16, which cuts float32 short."""
+    if not left.is_floating_point():
+        return ""
+    for narrow in dict.fromkeys((*dtypes, *(("BF16",) if left.element_size() > 2 else ()))):
+        name = torch_dtype(narrow)
+        if name.itemsize < left.element_size() and torch.equal(_bits(left.to(name)), _bits(right.to(name))):
+            return f"equal after rounding to {str(name).removeprefix('torch.')}"
+    return ""
+
+
+def _apart(left: torch.Tensor, right: torch.Tensor) -> float:
+    """The largest distance between two elements; infinite where NaN or infinity stands against something else."""
+    biggest = 0.0
+    for a, b in zip(left.reshape(-1).split(1 << 20), right.reshape(-1).split(1 << 20), strict=True):
+        one, other = a.to(torch.float64), b.to(torch.float64)
+        apart = (one - other).abs().masked_fill_(_bits(one) == _bits(other), 0.0)
+        biggest = max(biggest, float(apart.nan_to_num_(nan=float("inf"), posinf=float("inf")).max()))
+    return biggest
 
 
 def _alone(
@@ -365,12 +401,16 @@ def _alone(
     started: float,
 ) -> VerifyReport:
     """One checkpoint against its manifest, its headers and what numbers may be."""
-    fatal = [p.error for p in checkpoint.problems if p.fatal and checkpoint.config is not None]
+    known = checkpoint.family is not None  # what only a family could settle does not make a file unreadable
+    fatal = [p.error for p in checkpoint.problems if p.fatal and known]
     if fatal:
         raise merged(fatal)
-    record = manifest.read(Path(checkpoint.path)) if checkpoint.path and Path(checkpoint.path).is_dir() else None
+    folder = Path(checkpoint.path) if checkpoint.path and Path(checkpoint.path).is_dir() else None
+    record = manifest.read(folder) if folder else None
     digests = record.get("tensors") if record and sample is None else None
     found: list[Difference] = []
+    if folder and record:
+        found += _files(folder, record)
     if isinstance(digests, dict):
         names = set(digests) ^ set(checkpoint.tensors)
         found += [Difference("missing" if n in digests else "extra", n, why="by the manifest") for n in sorted(names)]
@@ -399,7 +439,7 @@ def _alone(
         wrong = [n for n, h in hashes.items() if digests.get(n, h.hexdigest()) != h.hexdigest()]
         found += [Difference("digest", n, why="other bytes than its manifest recorded") for n in wrong]
     warnings = [f"{show(name)} holds {count} values that are NaN or infinite" for name, count in odd.items() if count]
-    warnings += [str(p.error) for p in checkpoint.problems if not p.fatal]
+    warnings += [str(p.error) for p in checkpoint.problems]
     if strict and warnings:
         raise RestowError("a checkpoint without anything odd", warnings[0], path=checkpoint.path)
     checked = "" if isinstance(digests, dict) else "; no manifest: headers, cover and finiteness were checked"
@@ -413,3 +453,19 @@ def _alone(
         sampled=_sampled(sample) + checked,
         seconds=time.perf_counter() - started,
     )
+
+
+def _files(folder: Path, record: Mapping[str, object]) -> Iterator[Difference]:
+    """The files that a manifest lists against those that are there: by size, and by digest where it has one."""
+    files = record["files"]
+    assert isinstance(files, dict)
+    for name, entry in files.items():
+        path = folder / name
+        facts = entry if isinstance(entry, dict) else {}
+        if not path.is_file():
+            yield Difference("missing", name, why="by the manifest")
+        elif path.stat().st_size != facts.get("size"):
+            why = f"{facts.get('size')} bytes by the manifest, {path.stat().st_size} here"
+            yield Difference("digest", name, why=why)
+        elif "sha256" in facts and hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
+            yield Difference("digest", name, why="other bytes than its manifest recorded")
