@@ -2,12 +2,12 @@
 
 usage: python bench/memory.py [--small] [--save]
 
-bfloat16, one tensor per expert and projection, qwen3_moe; layers of 128 experts, 2048 x 640. The files are holes, which
-reading turns into zeros; destinations are filled with ones first, so that all of their memory is there and every
-byte that was not written shows. A process per way opens the checkpoint, touches its destination and resets the
-kernel's record of its peak (VmHWM); extra is what the peak then rises above that, exactly, page cache not being part
-of a process. 8 threads, the most that a load takes by itself. Exits 1 if a bar is missed or memory is short. `--save`
-writes bench/results/memory.md.
+bfloat16, one tensor per expert and projection, qwen3_moe; layers of 128 experts, 2048 x 640. The files are
+holes, which reading turns into zeros; destinations are filled with ones first, so that all of their memory is
+there and every byte that was not written shows. A process per way opens the checkpoint, touches its
+destination and resets the kernel's record of its peak (VmHWM); extra is what the peak then rises above that,
+exactly, page cache not being part of a process. 8 threads, the most that a load takes by itself. Exits 1 if a
+bar is missed or memory is short. `--save` writes bench/results/memory.md.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from _common import Tensor, child, machine, sparse_checkpoint, status, table, verdicts
 
 import restow
+from _common import Tensor, child, machine, sparse_checkpoint, status, table, verdicts
 
 MIB = 2**20
 EXPERTS, D, F = 128, 2048, 640
@@ -48,7 +47,7 @@ def write(folder: Path, layers: int, experts: int) -> None:
 
 
 def one(folder: str, way: str) -> dict[str, float]:
-    """One load in this process: bytes of the destination, bytes beyond it, seconds."""
+    """One load in this process: bytes of the destination, bytes beyond it."""
     layout = way.partition(",")[0]
     opened = restow.open(folder)
     targets = restow.plan(opened, layout=layout).targets
@@ -61,13 +60,11 @@ def one(folder: str, way: str) -> dict[str, float]:
     before = status("VmRSS")
     assert before > size, "the destination is there"
     Path("/proc/self/clear_refs").write_text("5")
-    started = time.perf_counter()
     report = restow.load(opened, into, threads=THREADS)
-    seconds = time.perf_counter() - started
     extra = status("VmHWM") - before
     assert report.bytes_read == report.bytes_written == size
     assert not any(int(tensor.count_nonzero()) for tensor in into.values()), "every byte was written"
-    return {"size": size, "extra": extra, "seconds": seconds}
+    return {"size": size, "extra": extra}
 
 
 def check_can_fail() -> float:
@@ -97,12 +94,12 @@ def main(small: bool, save: bool) -> int:
                     print(f"{weights / 1e9:.1f} GB of experts need {1.3 * weights / 1e9:.1f} GB of memory")
                     return 1
                 found = child(__file__, "--one", folder, way)
-                size, extra, seconds = (float(str(found[key])) for key in ("size", "extra", "seconds"))
+                size, extra = (float(str(found[key])) for key in ("size", "extra"))
                 what = f"{way}, {weights / 1e9:.1f} GB of experts"
-                rows.append([what, f"{size / MIB:,.0f}", f"{extra / MIB:.1f}", f"{seconds:.2f}"])
+                rows.append([what, f"{size / MIB:,.0f}", f"{extra / MIB:.1f}"])
                 bars.append((f"extra MiB, {what}", extra / MIB, "<=", BAR))
     lines, good = verdicts(bars)
-    head = ["into", "destination MiB", "extra MiB", "seconds"]
+    head = ["into", "destination MiB", "extra MiB"]
     text = "\n".join([machine(), "", table(head, rows), "", *lines])
     print(text)
     if save:

@@ -80,7 +80,7 @@ def roundtrip(mesh: DeviceMesh, folder: Path, e: int, gated: bool = True) -> Non
             local(hf[name]).copy_(local(wanted[name]))
     back = host._from_hf_w_merged_experts(dict(hf), mesh)
     grouped = {name for name in state if ".experts." in name}
-    if plain_split:
+    if plain_split or not mine(mesh, e):  # where no expert is, nothing is to be loaded
         assert host.view_loaded_native_keys == grouped
         assert not grouped & back.keys()
         assert same(empty, state) == []

@@ -81,7 +81,7 @@ def legal(axis: str) -> str:
 
 
 def stored(row: Row, role: Role) -> list[np.ndarray]:
-    """The arrays that a row stores of a role, in the order of the name's indices, as einops reads its text."""
+    """The arrays that a row stores of a role, in the order of the name's indices, told by einops."""
     left = " ".join(map(legal, role.axes))
     dims = " ".join(
         f"({' '.join(legal(str(f)) for f in dim.factors)})" if dim.factors else "1" for dim in row.dims

@@ -306,9 +306,10 @@ def test_the_check_of_imports_can_fail() -> None:
     assert process(sys.executable, "-c", "import numpy\n" + LOADED, "--version").stderr.split() == ["numpy"]
 
 
-def test_a_full_device_exits_3(good: Path) -> None:
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["text", "json"])
+def test_a_full_device_exits_3(good: Path, option: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "restow", "inspect", str(good)]
+        command = [sys.executable, "-m", "restow", "inspect", str(good), *option]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr == "OSError: [Errno 28] No space left on device\n"

@@ -49,6 +49,11 @@ def test_sizes_from_a_shape_are_the_inverse_of_the_shape(data: st.DataObject) ->
     assert solve_sizes(row, (*shape, 1), known) is None
 
 
+def test_a_size_of_nothing_is_none() -> None:
+    assert solve_sizes(parse_row("in x e f"), (0, 3), {}) is None
+    assert solve_sizes(parse_row("in x (p f)"), (0,), {"p": 2}) is None
+
+
 def test_derived_axes_only_confirm() -> None:
     row = parse_row("in.scale x f/4 d")
     assert solve_sizes(row, (2, 3), {}) == {"d": 3}

@@ -23,6 +23,7 @@ from restow.errors import (
     UsageError,
 )
 from restow.targets import Shard
+from restow.torch.dtypes import narrows
 
 FORMS = [
     "split",
@@ -259,6 +260,19 @@ def test_a_narrower_destination_is_reported(tmp_path: Path) -> None:
     report = restow.load(tmp_path, painted(wanted))
     assert dict(report.narrowed) == dict.fromkeys(wanted, "F32 -> BF16")
     assert "narrowed model.embed_tokens.weight: F32 -> BF16" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "loses"),
+    [
+        ("F32", "F32", False), ("BF16", "F32", False), ("F16", "F32", False), ("F32", "F64", False),
+        ("F8_E4M3", "BF16", False), ("F8_E5M2", "F16", False), ("F32", "BF16", True), ("BF16", "F16", True),
+        ("F16", "BF16", True), ("F8_E5M2", "F8_E4M3", True), ("F64", "F32", True), ("I64", "F32", True),
+        ("F32", "I64", True), ("I32", "I64", True),
+    ],
+)  # fmt: skip
+def test_which_casts_lose_something(source: str, target: str, loses: bool) -> None:
+    assert narrows(source, target) == loses
 
 
 def test_an_exact_row_is_not_narrowed(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ SECTION = "undo"
 
 
 class Record(NamedTuple):
-    """`heads` by file name, the `index` file (name, bytes) if there was one, and each experts module's layout."""
+    """`heads` by file name, the index (`listing`: name, bytes) if there was one, and each experts module's layout."""
 
     heads: Mapping[str, bytes]
-    index: tuple[str, bytes] | None
+    listing: tuple[str, bytes] | None
     layouts: Mapping[str, Layout]
 
 

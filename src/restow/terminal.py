@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, TextIO
@@ -83,7 +83,8 @@ def run(verb: Callable[[], Answer], *, as_json: bool = False, debug: bool = Fals
         elif not isinstance(error, KeyboardInterrupt | Signalled):
             print(failure_text(error), file=sys.stderr)
         if as_json and isinstance(error, Exception):
-            show_json({"error": failure(error)})
+            with suppress(OSError):  # stdout may be what failed
+                show_json({"error": failure(error)})
         return code_of(error)
     return answer.code
 

@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ from restow.publish import Staging
 from restow.record import SECTION, make_record, read_record
 from restow.sidefiles import side_files
 from restow.targets import Target, whole_target
-from restow.torch.chunks import CHUNK, Filled, Slice, slices, stream
+from restow.torch.chunks import CHUNK, Filled, Slice, raw, slices, stream
 from restow.torch.dtypes import dtype_name, narrows, wider
 from restow.torch.read import Progress
 
@@ -206,7 +208,7 @@ def _undo(opened: Checkpoint, sides: Mapping[str, bytes], left: tuple[str, ...])
     wish = Wish(layout=next(iter(layouts)) if len(layouts) == 1 else None, family=opened.family)
     prepared = prepare(opened, targets, wish)
     _judge_cover(prepared)
-    return _Job(prepared, files, record.index, "its source's layout", make_record(opened, ""), sides, left)
+    return _Job(prepared, files, record.listing, "its source's layout", make_record(opened, ""), sides, left)
 
 
 def _judge_experts(opened: Checkpoint, experts: Experts) -> None:
@@ -258,10 +260,16 @@ def _with_routers(opened: Checkpoint, targets: Sequence[Target], wish: Wish) -> 
             yield target
             continue
         at = next(i for i, dim in enumerate(row.dims) if str(dim) == "e")
-        path = max(opened.modules, key=lambda p: len(os.path.commonprefix([p, target.name])))
+        path = max(opened.modules, key=partial(_shared, target.name))
         chosen = chosen_experts(wish.experts, path, target.shape[at])
         n = target.shape[at] if chosen is None else len(chosen)
         yield whole_target(target.name, (*target.shape[:at], n, *target.shape[at + 1 :]), target.dtype)
+
+
+def _shared(name: str, path: str) -> int:
+    """How many segments two names have in common from the left."""
+    pairs = zip(name.split("."), path.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _dtypes(prepared: Prepared, name: str) -> tuple[str, ...]:
@@ -362,7 +370,7 @@ def _write(
             for one in filled:
                 name = one.slice.target.name
                 file, begin = places[name]
-                data = memoryview(one.tensor.reshape(-1).view(torch.uint8).numpy())
+                data = raw(one.tensor)
                 hashes.setdefault(name, xxhash.xxh3_128()).update(data)
                 account(file, staging.write(file, begin + one.slice.offset, data))
                 if one.slice.offset + len(data) == nbytes(one.slice.target.dtype, one.slice.target.shape):

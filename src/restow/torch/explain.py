@@ -17,7 +17,8 @@ from restow.checkpoint import Checkpoint
 from restow.landing import Wish
 from restow.layout import Layout
 from restow.planning import Prepared, default_targets, prepare
-from restow.torch.chunks import CHUNK, fill, grouped, slices
+from restow.torch.chunks import CHUNK, fill, grouped, raw, slices
+from restow.torch.dtypes import torch_dtype
 from restow.torch.leaves import Leaf, name_index
 
 if TYPE_CHECKING:
@@ -43,17 +44,17 @@ def explain(
             by_module.setdefault(prepared.owners[difference.name][0], []).append(i)
     out = list(found)
     for path in list(by_module)[:MODULES]:
-        theirs = _digests(first, prepared.pairs[path], threads)
-        ours = _digests(second, path, threads)
+        kinds = _kinds(first, prepared.pairs[path], second, path)
+        theirs = _digests(first, prepared.pairs[path], kinds, threads)
+        ours = _digests(second, path, kinds, threads)
         places: dict[str, Leaf] = {}
         for leaf, (digest, _) in theirs.items():
             places.setdefault(digest, leaf)
         order = _text_order({leaf[1]: places[digest][1] for leaf, (digest, _) in ours.items() if digest in places})
         for i in by_module[path]:
-            leaf = found[i].leaf
-            assert leaf is not None
-            if leaf in ours:
-                out[i] = replace(found[i], why=_why(leaf, ours[leaf], places, theirs, order))
+            mine = found[i].leaf
+            if mine is not None and mine in ours:
+                out[i] = replace(found[i], why=_why(mine, ours[mine], places, theirs, order))
     return out
 
 
@@ -88,25 +89,49 @@ def _why(
     return ""
 
 
-def _digests(checkpoint: Checkpoint, path: str, threads: int | None) -> dict[Leaf, tuple[str, str]]:
-    """Digests of every `in` and `out` leaf of one module: of its values in order, and transposed."""
-    module = checkpoint.modules[path]
+def _kinds(first: Checkpoint, there: str, second: Checkpoint, here: str) -> dict[str, str]:
+    """The dtype in which the leaves of a role are looked up: the narrowest in which either side has them.
+
+    A role of which a tensor is missing is left out: its leaves cannot be read.
+    """
+    found: dict[str, str] = {}
+    for role in ("in", "out"):
+        sides = [(one, one.modules[path].tensors.get(role, ())) for one, path in ((first, there), (second, here))]
+        if all(names and all(names) for _, names in sides):
+            dtypes = {one.tensors[name].dtype for one, names in sides for name in names if name is not None}
+            found[role] = min(sorted(dtypes), key=lambda dtype: torch_dtype(dtype).itemsize)
+    return found
+
+
+def _digests(
+    checkpoint: Checkpoint, path: str, kinds: Mapping[str, str], threads: int | None
+) -> dict[Leaf, tuple[str, str]]:
+    """Digests of the leaves of one module, of the roles in `kinds`: of its values in order, and transposed ("" where a
+    leaf is larger than a chunk)."""
+    whole = checkpoint.modules[path]
+    module = replace(whole, tensors={role: whole.tensors[role] for role in kinds})
     gated = module.sizes.get("p", len(module.layout.row("in").labels.get("p", ("gate", "up")))) == 2
     layout = LEAVES if gated else UNGATED
+    layout = Layout(tuple(row for row in layout.rows if row.role in kinds))
     one = replace(checkpoint, modules={path: module}, problems=(), family=None)
     wish = Wish(layout=layout)
     targets = [t for t in default_targets(one, layout, wish) if ".leaf." in t.name]
     ready = prepare(one, targets, wish)
+    ready = replace(ready, targets={t.name: t._replace(dtype=kinds[ready.owners[t.name][1]]) for t in targets})
     places = {name: (role, name_index(layout.row(role), place, module.sizes))
               for name, (_, role, place) in ready.owners.items()}  # fmt: skip
     found: dict[Leaf, tuple[str, str]] = {}
+    parts: dict[Leaf, xxhash.xxh3_128] = {}
     buffer = torch.empty(CHUNK, dtype=torch.uint8)
-    parts = (part for target in targets for part in slices(target, CHUNK))
-    for group in grouped(parts, CHUNK):
+    cut = (part for target in ready.targets.values() for part in slices(target, CHUNK))
+    for group in grouped(cut, CHUNK):
         filled, _ = fill(ready, group, buffer, threads=threads)
         for item in filled:
             role, index = places[item.slice.target.name]
-            plain, turned = item.tensor.view(torch.uint8), item.tensor.t().contiguous().view(torch.uint8)
-            pair = tuple(xxhash.xxh3_128(memoryview(t.numpy())).hexdigest() for t in (plain, turned))
-            found[role, index.get("e", 0), index.get("p", 0)] = (pair[0], pair[1])
+            leaf = (role, index.get("e", 0), index.get("p", 0))
+            parts.setdefault(leaf, xxhash.xxh3_128()).update(raw(item.tensor))
+            turned = ""
+            if item.tensor.shape == item.slice.target.shape:
+                turned = xxhash.xxh3_128(raw(item.tensor.t().contiguous())).hexdigest()
+            found[leaf] = (parts[leaf].hexdigest(), turned)
     return found

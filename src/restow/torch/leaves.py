@@ -49,8 +49,10 @@ def name_index(row: Row, place: int, sizes: Sizes) -> dict[str, int]:
 Marks = tuple[tuple[str, int], ...]
 
 
-def _cut(dim: str, row: Row, sizes: Sizes, run: tuple[int, int], length: int) -> list[tuple[Marks, slice]] | None:
-    """A dim's held run by leaf: one part per index of `e` or `p`; None where a cut would not be a plain slice."""
+def _cut(
+    dim: str, row: Row, sizes: Sizes, run: tuple[int, int], length: int
+) -> list[tuple[Marks, slice]] | None:
+    """A dim's held run by leaf: one part per index of `e` or `p`; None where a cut is no plain slice."""
     start, _ = run
     words = dim.strip("()").split()
     if not {"e", "p"} & set(words):
@@ -63,7 +65,7 @@ def _cut(dim: str, row: Row, sizes: Sizes, run: tuple[int, int], length: int) ->
     outer, inner = words
     if inner in ("e", "p"):  # interleaved
         return [(((inner, i),), slice((i - start) % size[1], length, size[1])) for i in range(size[1])]
-    parts = []
+    parts: list[tuple[Marks, slice]] = []
     for i in range(start // size[1], (start + length - 1) // size[1] + 1):
         low, high = max(start, i * size[1]) - start, min(start + length, (i + 1) * size[1]) - start
         parts.append((((outer, i),), slice(low, high)))

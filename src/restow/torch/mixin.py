@@ -116,7 +116,7 @@ class MoESplitExpertsStateDictMixin(PeftMembers):
         device = source.local.device.type
         alias = device != "meta" and own and (source.plain_split or asked)
         pairs = split(source, facts.pairs[0][1].row(row.role), alias=alias)
-        if alias and (source.plain_split or device != "cpu"):
+        if (alias and (source.plain_split or device != "cpu")) or not source.experts:
             self._register_inplace_loaded_key(fqn, prefix_override)
             other = prefix_override is not None
             self._record().lend(_tracked(fqn, prefix_override), source.local, source.experts, other)

@@ -29,7 +29,7 @@ from restow.torch.transpose import LINE
 
 JOB = 16 << 20  # bytes of one job, where the outermost axis lets it be cut
 STAGE = 16 << 20  # bytes of one tile on its way to a device
-TILE = 4 << 20  # bytes of one tile, its cast copy included: the more rows, the longer the runs that a transpose writes
+TILE = 4 << 20  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
 KEPT = 64  # storages whose bytes a thread keeps at hand
 
 Progress = Callable[[int, int], None]

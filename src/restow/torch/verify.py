@@ -32,7 +32,7 @@ from restow.opening import family_of, open_checkpoint
 from restow.planning import Prepared, pair_others
 from restow.problems import merged
 from restow.targets import Target, whole_target
-from restow.torch.chunks import CHUNK, Filled, Slice, fill, grouped, room, slices
+from restow.torch.chunks import CHUNK, Filled, Slice, fill, grouped, raw, room, slices
 from restow.torch.dtypes import torch_dtype, wider
 from restow.torch.explain import explain
 from restow.torch.leaves import leaves_of, name_index
@@ -300,12 +300,11 @@ def _compare(
     found: list[Difference] = []
     unlike: set[str] = set()
     compared = {name for name, target in sides.targets.items() if not all(target.shape)}
-    read = 0
-    parts = list(parts)
-    total = sum(sides.nbytes(part.target) for part in parts)
-    done = 0
+    chosen = list(parts)
+    total = sum(sides.nbytes(part.target) for part in chosen)
+    read = done = 0
     buffers = [torch.empty(0, dtype=torch.uint8)] * 2
-    for group in grouped(iter(parts), CHUNK):
+    for group in grouped(iter(chosen), CHUNK):
         need = sum(room(part.target) for part in group)
         buffers = [b if b.numel() >= need else torch.empty(max(need, CHUNK), dtype=torch.uint8) for b in buffers]
         theirs, got = fill(sides.prepared, group, buffers[0], threads=threads)
@@ -355,10 +354,10 @@ def _differences(sides: _Sides, left: Filled, right: Filled) -> Iterator[Differe
         count = int(mask.sum())
         if not count:
             continue
-        pair = [t if part is None else t[part] for t in (left.tensor, right.tensor)]
+        one, other = (t if part is None else t[part] for t in (left.tensor, right.tensor))
         flat = int(mask.reshape(-1).to(torch.uint8).argmax())
         at = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), mask.shape))
-        values = tuple(float(t[at].to(torch.float64)) for t in pair)
+        values = tuple(float(t[at].to(torch.float64)) for t in (one, other))
         cuts = part if part is not None else (slice(None),) * len(at)
         index = tuple(
             (cut.start or 0) + i * (cut.step or 1) + begin
@@ -366,8 +365,8 @@ def _differences(sides: _Sides, left: Filled, right: Filled) -> Iterator[Differe
         )
         family = sides.prepared.source.family
         labels = family.labels if family is not None else ("gate", "up")
-        why = _rounded(*pair, sides.cast.get(target.name, (target.dtype,)))
-        biggest = _apart(*pair)
+        why = _rounded(one, other, sides.cast.get(target.name, (target.dtype,)))
+        biggest = _apart(one, other)
         yield Difference("values", target.name, leaf, count, mask.numel(), index, values, biggest, why, labels)
 
 
@@ -385,8 +384,9 @@ def _rounded(left: torch.Tensor, right: torch.Tensor, dtypes: Sequence[str]) -> 
 def _apart(left: torch.Tensor, right: torch.Tensor) -> float:
     """The largest distance between two elements; infinite where NaN or infinity stands against something else."""
     biggest = 0.0
-    for a, b in zip(left.reshape(-1).split(1 << 20), right.reshape(-1).split(1 << 20), strict=True):
-        one, other = a.to(torch.float64), b.to(torch.float64)
+    step = 1 << 20
+    for at in range(0, left.numel(), step):
+        one, other = (t.reshape(-1)[at : at + step].to(torch.float64) for t in (left, right))
         apart = (one - other).abs().masked_fill_(_bits(one) == _bits(other), 0.0)
         biggest = max(biggest, float(apart.nan_to_num_(nan=float("inf"), posinf=float("inf")).max()))
     return biggest
@@ -431,8 +431,7 @@ def _alone(
                 bad = one.tensor.numel() - int(torch.isfinite(one.tensor).sum())
                 odd[name] = odd.get(name, 0) + bad
             if isinstance(digests, dict):
-                data = memoryview(one.tensor.reshape(-1).view(torch.uint8).numpy())
-                hashes.setdefault(name, xxhash.xxh3_128()).update(data)
+                hashes.setdefault(name, xxhash.xxh3_128()).update(raw(one.tensor))
         if progress is not None:
             progress(min(read, total), total)
     if isinstance(digests, dict):
