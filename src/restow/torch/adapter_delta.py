@@ -23,6 +23,7 @@ from restow.layout import Sizes, axis_size
 from restow.notation import Row, dim_keys
 from restow.torch.adapter_factors import Block, Get, read_block
 
+MODULES = 4  # roles of modules whose blocks are kept: a file's tensors come in an order of its own
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -122,19 +123,19 @@ def expected(adapter: Adapter) -> set[tuple[str, ...]]:
 
 
 class Deltas:
-    """The blocks of an adapter, one module at a time in memory."""
+    """The blocks of an adapter, those of a few modules in memory."""
 
     def __init__(self, get: Get, config: AdapterConfig, base: Base) -> None:
         self._get, self._config, self._labels = get, config, base.family.labels
-        self._known: dict[tuple[Pair, ...], list[Block]] = {}
+        self._known: dict[tuple[str, str], list[Block]] = {}
 
     def blocks(self, pairs: tuple[Pair, ...]) -> list[Block]:
-        key = tuple(pairs)
-        found = next((b for k, b in self._known.items() if k is pairs or k == key), None)
-        if found is None:
-            found = [read_block(pair, self._get) for pair in pairs]
-            self._known = {key: found}
-        return found
+        key = (pairs[0].path, pairs[0].role)
+        if key not in self._known:
+            if len(self._known) >= MODULES:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = [read_block(pair, self._get) for pair in pairs]
+        return self._known[key]
 
     def experts(self, goal: Experts, tensor: torch.Tensor, first: int, book: Book) -> None:
         """Add to `tensor`, which holds the experts from `first` on."""

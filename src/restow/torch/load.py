@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -28,14 +28,14 @@ from restow.errors import (
 from restow.family import Family
 from restow.landing import Experts, Wish
 from restow.layout import Layout
-from restow.naming import Rename
+from restow.naming import Rename, renamed
 from restow.opening import family_of, open_checkpoint
 from restow.planning import default_targets, make_plan
 from restow.plans import Plan
 from restow.targets import Shard
 from restow.torch.dtypes import narrows
 from restow.torch.read import Progress, run_plan
-from restow.torch.storage import Into, Slots, slot_of, slots_of
+from restow.torch.storage import Into, Slots, named_as, slot_of, slots_of
 
 Source = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
 
@@ -164,7 +164,7 @@ def load(
     started = time.perf_counter()
     known = family_of(family)
     opened = as_checkpoint(source, known)
-    slots = slots_of(into)
+    slots = named_as(slots_of(into), _known_to(opened, known, rename))
     wish = wish_of(slots, layout, known, rename, shard, experts, part)
     made = make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
     missing = _allowed(made.missing, allow_missing, "allow_missing", _missing_error(opened))
@@ -173,6 +173,10 @@ def load(
     warnings = [str(problem.error) for problem in opened.problems if not problem.fatal]
     if strict and warnings:
         raise next(problem.error for problem in opened.problems if not problem.fatal)
+    tied = [name for name in made.unused if name in slots.aliases]
+    if tied:
+        names = ", ".join(map(show, tied))
+        warnings.append(f"tied in the destination, so the source's own values were not read: {names}")
     if slots.buffers:
         warnings.append(f"not filled, since no checkpoint holds them: buffers {', '.join(slots.buffers[:20])}")
     booked = run_plan(
@@ -197,6 +201,14 @@ def load(
         seconds=time.perf_counter() - started,
         modules=made.layouts,
     )
+
+
+def _known_to(opened: Checkpoint, family: Family | None, rename: Rename) -> Callable[[str], bool]:
+    """Whether a source holds a tensor outside the experts for a name of the destination."""
+    kin = family or opened.family
+    names = {to for name in opened.others if (to := renamed(name, rename)) is not None}
+    canonical = {kin.canonical(name) for name in names} if kin is not None else set()
+    return lambda name: name in names or (kin is not None and kin.canonical(name) in canonical)
 
 
 def _bar() -> Progress:

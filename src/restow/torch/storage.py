@@ -6,7 +6,7 @@ by name: meta tensors, tensor subclasses other than DTensor, `Partial` placement
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -66,6 +66,20 @@ def slots_of(into: Into, *, meta: bool = False) -> Slots:
             seen[key] = name
         slots[name] = slot
     return Slots(slots, aliases, tuple(buffers))
+
+
+def named_as(slots: Slots, known: Callable[[str], bool]) -> Slots:
+    """The slots, tied ones under the name that is `known`, where their first name is not."""
+    swaps = {first: name for name, first in slots.aliases.items() if known(name) and not known(first)}
+    if not swaps:
+        return slots
+    renamed = {
+        swaps.get(name, name): slot._replace(target=slot.target._replace(name=swaps.get(name, name)))
+        for name, slot in slots.slots.items()
+    }
+    aliases = {name: swaps.get(first, first) for name, first in slots.aliases.items()}
+    aliases |= {first: name for first, name in swaps.items()}
+    return slots._replace(slots=renamed, aliases={n: f for n, f in aliases.items() if n != f})
 
 
 def slot_of(name: str, tensor: torch.Tensor, *, meta: bool = False) -> Slot:
@@ -152,6 +166,13 @@ def runs_at(
         cuts.setdefault(placement.dim % len(shape), []).append(_Cut(flat, ranks, rank))
     runs: list[tuple[Run, ...]] = [((0, length),) for length in shape]
     for dim, listed in cuts.items():
+        if sum(isinstance(cut.placement, _StridedShard) for cut in listed) > 1:
+            raise UsageError(
+                f"at most one strided shard of a dim of {show(name)}",
+                f"{[str(cut.placement) for cut in listed]}",
+                tensor=name,
+                hint="which rows such a tensor holds does not follow from its placements alone",
+            )
         mine = torch.arange(shape[dim])
         for placement, ranks, rank in listed if as_listed else _as_cut(listed):
             parts, _ = placement._split_tensor(mine, ranks, with_padding=False, contiguous=False)
