@@ -1,4 +1,4 @@
-"""The checkpoint that the other examples work on: a made-up Qwen3-MoE, one tensor per expert and projection."""
+"""The checkpoint that the other examples work on: a made-up Qwen3-MoE, one tensor per expert and word."""
 
 import json
 from pathlib import Path

@@ -89,9 +89,9 @@ def adapters(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, A
     return tuple(kind(config, moe_config(E, F, gated, dim=D), backend, dtype) for kind in kinds)  # type: ignore[return-value]
 
 
-def agree(name: str, state: Tensors, mesh: DeviceMesh | None, **kwargs: Any) -> None:
-    """Both directions, as the original does them."""
-    theirs, *ours = adapters(name)
+def agree(name: str, state: Tensors, mesh: DeviceMesh | None, *, own: bool = True, **kwargs: Any) -> None:
+    """Both directions, as the original does them; `own` is whether our own adapter is compared too."""
+    theirs, *ours = adapters(name)[: 2 + own]
     wanted = theirs.to_hf(dict(state), **kwargs)
     single = {k: v for fqn, t in state.items() for k, v in theirs.convert_single_tensor_to_hf(fqn, t, **kwargs)}
     for adapter in ours:
@@ -101,7 +101,7 @@ def agree(name: str, state: Tensors, mesh: DeviceMesh | None, **kwargs: Any) -> 
         one = {k: v for fqn, t in state.items() for k, v in adapter.convert_single_tensor_to_hf(fqn, t, **kwargs)}
         assert same(one, single) == []
     # fresh adapters: in the original, the calls above would be taken for a load
-    theirs, *ours = adapters(name)
+    theirs, *ours = adapters(name)[: 2 + own]
 
     def fresh() -> Tensors:
         return {n: v.clone() for n, v in wanted.items()}
@@ -123,9 +123,12 @@ def plain(version: str) -> None:
         agree(name, {n.replace("model.layers", "layers"): t for n, t in state().items()}, None)
         gated = name != "nemotron_v3"
         at = "mlp.experts" if gated else "mixer.experts"
-        agree(name, {**state(), **lora(E, D, F, R, gated, at=at)}, None, v4_compatible=True)
-        if version == "0.7.0":
-            agree(name, {**state(), **lora(E, D, F, R, gated, at=at)}, None)
+        adapter = {**state(), **lora(E, D, F, R, gated, at=at)}
+        latest = version == "0.7.0"  # before, Nemotron-H's adapter named LoRA otherwise, and PEFT's form was 0.18's
+        agree(name, adapter, None, own=latest, v4_compatible=True)
+        if latest:
+            agree(name, adapter, None)
+            agree(name, adapter, None, legacy_paramwrapper_layout=True)
     differences()
 
 

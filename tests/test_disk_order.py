@@ -192,7 +192,7 @@ def test_a_source_without_experts_is_refused(tmp_path: Path) -> None:
         "expected experts in a layout that restow knows, found none among 1 tensors\n"
         "  try       restow.open(path, layout=...) says what they are in"
     )
-    with pytest.raises(restow.errors.MissingTensorError, match="the experts of a qwen3_moe model, found none"):
+    with pytest.raises(restow.errors.MissingTensorError, match="experts of a qwen3_moe model, found none"):
         restow.empty_like_disk(write(tmp_path, {"model.norm.weight": torch.ones(3)}, SMALL.config))
 
 

@@ -152,7 +152,8 @@ def test_ranges_are_what_fully_shard_really_holds(experts: int, dp: int, ep: int
         distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=dp * ep)
         try:
             mesh = init_device_mesh("cpu", (dp, ep), mesh_dim_names=("dp", "ep"))
-            own = whole.tensor_split([min(experts, i * -(-experts // ep)) for i in range(1, ep)])[rank % ep].clone()
+            cuts = [min(experts, i * -(-experts // ep)) for i in range(1, ep)]
+            own = whole.tensor_split(cuts)[rank % ep].clone()
             sizes = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
             module = nn.Linear(2, experts, bias=False)
             module.weight = nn.Parameter(DTensor.from_local(own, mesh["ep"], [Shard(0)], **sizes))

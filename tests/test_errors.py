@@ -90,9 +90,11 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "experts that are missing": (
         lambda at: restow.plan(changed(at, drop(f"{A}.1.gate_proj.weight", f"{A}.1.up_proj.weight"))),
         "MissingTensorError",
-        "expected 3 experts in model.layers.0.mlp.experts, found 2 of the tensors needed here missing\n"
+        "expected 3 experts in model.layers.0.mlp.experts, found 2\n"
         "  missing   model.layers.0.mlp.experts.1.gate_proj.weight\n"
         "            model.layers.0.mlp.experts.1.up_proj.weight\n"
+        "  looked in model.safetensors\n"
+        "  in        {at}/m\n"
         "  try       get the checkpoint again: nothing is filled in their place",
     ),
     "more experts than the config says": (

@@ -143,12 +143,6 @@ REFUSED = {
         "in x f\nin y f",
         "expected each role in one row, found 'in' in two\n  row       in y f\n            ^^",
     ),
-    "a companion alone": (
-        "out x f\nin.scale y f/2",
-        "expected a row for 'in', whose axes 'in.scale' has, found none\n"
-        "  row       in.scale y f/2\n"
-        "            ^^^^^^^^",
-    ),
     "a size without a path": (
         "e =",
         "expected AXIS = PATH [+ PATH], or AXIS@ROLE = ..., found 'e ='\n  row       e =\n            ^^^",

@@ -66,13 +66,6 @@ class Layout:
                     sections=[("row", [line.rstrip(), "^" * len(row.role)])],
                 )
             rows.append(row)
-        for row in rows:
-            if row.role != row.base and row.base not in {other.role for other in rows}:
-                raise NotationError(
-                    f"a row for '{row.base}', whose axes '{row.role}' has",
-                    "none",
-                    sections=[("row", [str(row), "^" * len(row.role)])],
-                )
         if not rows and not sizes:
             raise NotationError("at least one row", "none", sections=[("row", [text.strip() or "(empty)"])])
         return Layout(tuple(rows), tuple(sizes), text)

@@ -256,6 +256,8 @@ def _factor(text: str, at: int, end: int) -> tuple[Factor, int]:
         if int(word) == 0:
             raise _fault(text, at, len(word), "a fixed size of at least 1", word)
         return Factor("", 1, int(word)), i
+    if word == "exact":
+        raise _fault(text, at, len(word), "'exact' once, at the end of the row", "it among the dims")
     if not _is_axis(word):
         raise _fault(text, at, max(1, i - at), "an axis, a fixed size or a group", f"'{word or text[at]}'")
     divisor, i = _divisor(text, i, end)

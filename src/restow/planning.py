@@ -126,6 +126,8 @@ def plan_of(prepared: Prepared, chosen: Mapping[str, Target]) -> Plan:
         module, from_module = prepared.modules[path], prepared.source.modules[prepared.pairs[path]]
         layouts[path] = (from_module.path, _called(from_module), _called(module))
         draft.add_role(from_module, module, role)
+    if draft.lost:
+        raise _lost_error(prepared.source, draft.lost)
     return draft.plan(tuple(layouts.values()))
 
 
@@ -149,7 +151,8 @@ def default_targets(source: Checkpoint, layout: str | Layout | None, wish: Wish)
                 continue
             first = next((n for n in module.tensors[row.role] if n is not None), None)
             if first is None:  # not one of its tensors is there to say a dtype
-                raise _lost_error(module, module.layout.row(row.role), range(len(module.tensors[row.role])))
+                lost = range(len(module.tensors[row.role]))
+                raise _lost_error(source, [(module, row.role, lost)])
             dtype, shape = source.tensors[first].dtype, shape_of(row, sizes)
             if wish.shard is not None and wish.shard.axis in row.axes:
                 start, length = wish.shard.run(axis_size(row, wish.shard.axis, sizes))
@@ -221,6 +224,7 @@ class _Draft:
         self.part_ids: dict[tuple[str, int], int] = {}
         self.patterns: dict[Pattern, int] = {}
         self.copies: list[Copy] = []
+        self.lost: list[Lost] = []
 
     def add_role(self, source: Module, module: Module, role: str) -> None:
         """Every copy of one role of one experts module."""
@@ -232,7 +236,8 @@ class _Draft:
         needed = self._moves(self._held(row, source, names), side, take)
         lost = sorted({m.source for m in needed if names[m.source] is None})
         if lost:
-            raise _lost_error(source, row, lost)
+            self.lost.append((source, role, lost))
+            return
         whole_shape = shape_of(side.row, dict(side.sizes))
         for place, name in enumerate(module.tensors[role]):
             if name is not None and side.held[place]:
@@ -339,17 +344,33 @@ def _plain_sizes(shape: Sequence[int]) -> tuple[tuple[str, int], ...]:
     return freeze({f"x{i}": n for i, n in enumerate(shape)})
 
 
-def _lost_error(source: Module, row: Row, lost: Sequence[int]) -> MissingTensorError:
+Lost = tuple[Module, str, Sequence[int]]  # an experts module, a role, the places of tensors that are not there
+
+
+def _lost_error(source: Checkpoint, lost: Sequence[Lost]) -> MissingTensorError:
+    """Every tensor that is needed and not there, of every module; the counts are the first module's."""
     from itertools import product
 
-    lengths = [axis_size(row, axis, source.sizes) for axis in row.name_axes]
-    names = [f"{source.path}.{name_of(row, index, source.sizes)}" for index in product(*map(range, lengths))]
-    missing = [names[i] for i in lost]
+    names: list[str] = []
+    experts: set[int] = set()
+    first = lost[0][0]
+    for module, role, places in lost:
+        row = module.layout.row(role)
+        lengths = [axis_size(row, axis, module.sizes) for axis in row.name_axes]
+        index = list(product(*map(range, lengths)))
+        names += [f"{module.path}.{name_of(row, index[i], module.sizes)}" for i in places]
+        if module is first and "e" in row.name_axes:
+            at = row.name_axes.index("e")
+            experts |= {index[i][at] for i in places}
+    count = first.sizes.get("e", 0)
+    held = [n for tensors in first.tensors.values() for n in tensors if n is not None]
+    files = sorted({source.tensors[name].pieces[0].file for name in held} - {""})
     return MissingTensorError(
-        f"{source.sizes.get('e', 0)} experts in {show(source.path)}",
-        f"{len(missing)} of the tensors needed here missing",
-        tensor=missing[0],
-        sections=[("missing", map(show, missing))],
+        f"{count} experts in {show(first.path)}",
+        f"{count - len(experts) if experts else 0}",
+        path=source.path,
+        tensor=names[0],
+        sections=[("missing", map(show, names)), ("looked in", map(show, files))],
         hint="get the checkpoint again: nothing is filled in their place",
     )
 

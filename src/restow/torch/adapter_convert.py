@@ -81,6 +81,14 @@ def resolve(to: str, base: Base) -> tuple[Format, str]:
     return FORMATS[f"peft-{era}"], f"{version}, which is installed"
 
 
+def version_of(to: str) -> str | None:
+    """The PEFT that is installed, where the format is for it."""
+    try:
+        return importlib.metadata.version("peft") if to == "peft" else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -106,9 +114,9 @@ def convert(
         known = base_of(base, family, file.config.raw.get("base_model_name_or_path"))
         fmt, reader = resolve(to, known)
         adapter = read_adapter(file.shapes, file.config, known, Options(faces, outer, expert_major))
-        version = reader.split(",")[0] if to == "peft" and "installed" in reader and "none" not in reader else None
+        version = version_of(to)
         job = make_job(adapter, known, fmt, file.stamp, file.get, file.dtypes, file.shapes, version, file.original)
-        written = _write(job, file, target, replace)
+        written = write(job, target, root=file.root, size=file.size, replace=replace)
         file.check()
     passed = len(job.passed)
     return LoraReport(
@@ -127,17 +135,20 @@ def convert(
     )
 
 
-def _write(job: Job, file: AdapterFile, target: str | os.PathLike[str], replace: bool) -> int:
+def write(
+    job: Job, target: str | os.PathLike[str], *, root: str | None = None, size: int = 0, replace: bool = False
+) -> int:
+    """Publish a conversion's result; `root` is the source's folder, whose other files come along."""
     metadata = {"format": "pt", KEY: job.out_stamp.text()}
     outs = [(MODEL, new_files(job.specs, 1 << 62, metadata)[0], job.tensors)]
     kept = sorted((key, dtype_name(t.dtype), tuple(t.shape)) for key, t in job.originals()) if job.rounded else []
     if kept:
         outs.append((ORIGINALS, new_files(kept, 1 << 62, {})[0], job.originals))
-    side = side_files(file.root)
-    small = {name: data for name, data in side.files.items() if name != CONFIG}
+    small = dict(side_files(root).files) if root is not None else {}
     small[CONFIG] = config_text(job.config)
-    size = sum(out.size for _, out, _ in outs) + sum(map(len, small.values()))
-    with Staging(target, size=size, count=len(small) + 3, sources=[file.root], replace=replace) as staging:
+    room = sum(out.size for _, out, _ in outs) + sum(map(len, small.values()))
+    sources = [root] if root is not None else []
+    with Staging(target, size=room, count=len(small) + 3, sources=sources, replace=replace) as staging:
         for name, out, tensors in outs:
             places = {t.name: t.begin for t in out.tensors}
             staging.create(name, out.size)
@@ -147,6 +158,5 @@ def _write(job: Job, file: AdapterFile, target: str | os.PathLike[str], replace:
                     staging.write(name, places[key], bytes_of(tensor.contiguous()))
         for name, data in small.items():
             staging.add(name, data)
-        staging.finish({"source": {MODEL: file.size}})
+        staging.finish({"source": {MODEL: size}} if root is not None else None)
     return outs[0][1].size
-

@@ -379,7 +379,9 @@ def _write(
         for file in job.files:
             staging.create(file.name, file.size)
             account(file.name, staging.write(file.name, 0, file.head))
-        read = stream(job.prepared, _slices(job), hand_on, threads=threads, progress=show_progress)
+        read = stream(
+            job.prepared, _slices(job), hand_on, threads=threads, progress=show_progress, chunk=CHUNK
+        )
         for future in sealed:
             future.result()
     for file in job.files:

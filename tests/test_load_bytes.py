@@ -1,0 +1,296 @@
+"""What a load really reads and writes: counted at the one door to files, and by counters as destinations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import Shard as Cut
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import restow
+from moe import AT, Model, Tensors, differing, painted, write
+from restow.errors import MissingTensorError, UnexpectedTensorError
+from restow.files import SourceFile
+from restow.reads import merged
+from restow.torch import read
+
+SMALL = Model()
+FORMS = [
+    "split",
+    "fused",
+    "grouped",
+    "stacked",
+    "torchtitan",
+    "epfd",
+    "megatron",
+    "megatron_sequential",
+    "mlx",
+]
+Reads = list[tuple[str, int, int]]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """Every read of data, as (file, begin, end)."""
+    found: Reads = []
+    before = SourceFile.preadv
+
+    def counted(source: SourceFile, offset: int, buffers: Sequence[memoryview]) -> int:
+        count = before(source, offset, buffers)
+        found.append((Path(source.path).name, offset, offset + count))
+        return count
+
+    monkeypatch.setattr(SourceFile, "preadv", counted)
+    return found
+
+
+# Own bytes only.
+
+
+@pytest.mark.parametrize("src", ["split", "fused", "grouped"])
+@pytest.mark.parametrize("dst", FORMS)
+def test_what_is_read_is_what_was_planned(src: str, dst: str, tmp_path: Path, seen: Reads) -> None:
+    source = SMALL.written(tmp_path, src)
+    for shard in (None, restow.Shard("e", 1, 3), restow.Shard("f", 1, 2), restow.Shard("d", 0, 3)):
+        plan = restow.plan(source, layout=dst, shard=shard)
+        into = {t.name: torch.empty(t.local_shape, dtype=torch.bfloat16) for t in plan.targets}
+        seen.clear()
+        report = restow.load(source, into, shard=shard)
+        assert merged(sorted(seen)) == plan.reads
+        assert sum(end - begin for _, begin, end in seen) == plan.bytes == report.bytes_read
+
+
+@pytest.mark.parametrize("src", ["split", "fused"])
+@pytest.mark.parametrize("of", [1, 3, 8, 11])
+def test_ranks_read_each_byte_of_each_expert_once(src: str, of: int, tmp_path: Path, seen: Reads) -> None:
+    source = restow.open(SMALL.written(tmp_path, src))
+    experts = source.expert_tensors
+    for rank in range(of):
+        shard = restow.Shard("e", rank, of)
+        targets = restow.plan(source, shard=shard).targets
+        restow.load(source, {t.name: torch.empty(t.local_shape) for t in targets}, shard=shard)
+    times: dict[str, torch.Tensor] = {}
+    for file, begin, end in seen:
+        counts = times.setdefault(file, torch.zeros((tmp_path / file).stat().st_size, dtype=torch.int32))
+        counts[begin:end] += 1
+    for name, entry in source.tensors.items():
+        piece = entry.pieces[0]
+        assert (times[piece.file][piece.begin : piece.end] == (1 if name in experts else of)).all(), name
+
+
+# Counters.
+
+
+@pytest.fixture
+def adding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Destinations add up what is written to them: an element that is written twice holds twice its value."""
+    straight: list[int] = []
+    before, tiles = SourceFile.preadv, read._Worker._straight
+
+    def into_counters(source: SourceFile, offset: int, buffers: Sequence[memoryview]) -> int:
+        if not straight:
+            return before(source, offset, buffers)
+        fresh = [bytearray(len(buffer)) for buffer in buffers]
+        count = before(source, offset, fresh)
+        for buffer, data in zip(buffers, fresh, strict=True):
+            torch.frombuffer(buffer, dtype=torch.uint8).add_(torch.frombuffer(data, dtype=torch.uint8))
+        return count
+
+    def marked(worker: Any, *rest: Any) -> int:
+        straight.append(1)
+        try:
+            return tiles(worker, *rest)
+        finally:
+            straight.clear()
+
+    monkeypatch.setattr(SourceFile, "preadv", into_counters)
+    monkeypatch.setattr(read._Worker, "_straight", marked)
+    monkeypatch.setattr(read, "move", lambda to, tile: to.view(torch.int16).add_(tile.view(torch.int16)))
+
+
+ONCE = 0x0101  # a count of one in each byte of an element
+
+
+def counters(tensors: Tensors, count: int) -> Tensors:
+    return {n: torch.full(t.shape, count, dtype=torch.int16).view(torch.bfloat16) for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("src", ["split", "fused", "grouped"])
+@pytest.mark.parametrize("dst", FORMS)
+def test_every_counter_is_one(src: str, dst: str, tmp_path: Path, adding: None) -> None:
+    """A source of ones over zeros: ones everywhere in the end, for every layout and part."""
+    source = write(tmp_path, counters(SMALL.spelled(src), ONCE), SMALL.config, files=2)
+    for shard in (None, restow.Shard("e", 1, 3), restow.Shard("f", 1, 4), restow.Shard("d", 1, 3)):
+        targets = restow.plan(source, layout=dst, shard=shard).targets
+        like = {t.name: torch.empty(t.local_shape) for t in targets}
+        into = counters(like, 0)
+        restow.load(source, into, threads=1, shard=shard)
+        assert differing(into, counters(like, ONCE)) == []
+
+
+def test_the_counters_can_fail(tmp_path: Path, adding: None) -> None:
+    source = write(tmp_path, counters(SMALL.spelled("split"), ONCE), SMALL.config)
+    for layout in ("fused", "grouped"):
+        into = counters(SMALL.spelled(layout), 0)
+        for _ in range(2):
+            restow.load(source, into, threads=1)
+        assert differing(into, counters(into, 2 * ONCE)) == []
+
+
+# One expert missing.
+
+
+@pytest.mark.parametrize("part", ["shard", "experts"])
+def test_the_rank_that_needs_a_missing_expert_raises_and_others_load(
+    part: str, tmp_path: Path, seen: Reads
+) -> None:
+    tensors = SMALL.spelled("split", others=False)
+    lost = f"{AT.format(1)}.5.up_proj.weight"
+    del tensors[lost]
+    source = write(tmp_path, tensors, SMALL.config)
+    for rank in range(4):
+        mine = [2 * rank, 2 * rank + 1]
+        options: dict[str, Any] = (
+            {"shard": restow.Shard("e", rank, 4)} if part == "shard" else {"experts": mine}
+        )
+        wanted = SMALL.spelled("grouped", others=False, take=mine)
+        into = painted(wanted)
+        seen.clear()
+        if rank != 2:
+            report = restow.load(source, into, **options)
+            assert sorted(report.in_place) == sorted(wanted)
+            assert differing(into, wanted) == []
+            continue
+        with pytest.raises(MissingTensorError) as caught:
+            restow.load(source, into, **options)
+        assert f"\n  missing   {lost}\n" in str(caught.value)
+        assert seen == []
+        assert differing(into, painted(wanted)) == []
+
+
+# Ranks without processes: DTensors of a mesh of which only one rank is there.
+
+
+@pytest.fixture
+def mesh_of() -> Iterator[Any]:
+    yield rank_of
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def rank_of(rank: int, world: int) -> Any:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    return init_device_mesh("cpu", (world,), mesh_dim_names=(f"ep{rank}",))
+
+
+@pytest.mark.parametrize(("experts", "world"), [(160, 24), (10, 24), (10, 4)])
+def test_uneven_experts_on_many_ranks(
+    experts: int, world: int, tmp_path: Path, mesh_of: Any, seen: Reads
+) -> None:
+    """Each against `distribute_tensor` of the whole; together every expert once."""
+    model = SMALL.but(e=experts, f=2, d=4, layers=1)
+    source = model.written(tmp_path)
+    whole = model.spelled("grouped", others=False)
+    held = []
+    for rank in range(world):
+        mesh = mesh_of(rank, world)
+        into: dict[str, torch.Tensor] = {name: torch.empty_like(t) for name, t in model.others.items()}
+        wanted = {name: distribute_tensor(t, mesh, [Cut(0)], src_data_rank=None) for name, t in whole.items()}
+        into |= {name: torch.zeros_like(t) for name, t in wanted.items()}
+        report = restow.load(source, into)
+        assert differing(local(into), {**local(wanted), **model.others}) == []
+        names = [name for name in whole if wanted[name].to_local().numel()]
+        assert set(report.in_place) == {*names, *model.others}
+        held.append(len(into[f"{AT.format(0)}.down_projs"].to_local()))  # type: ignore[attr-defined]
+    each = -(-experts // world)
+    assert held == [min(each, max(0, experts - each * rank)) for rank in range(world)]
+    assert sum(held) == experts
+    expert_bytes = sum(t.nbytes for t in whole.values())
+    other_bytes = sum(t.nbytes for t in model.others.values())
+    assert sum(end - begin for _, begin, end in seen) == expert_bytes + world * other_bytes
+
+
+def local(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    return {n: t.to_local() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+
+
+# Layers past the last one: multi-token prediction.
+
+
+def mtp(tmp_path: Path, *, held: bool) -> tuple[Path, Model]:
+    """deepseek_v3 of two layers by its config; with `held` the files have a third, the prediction block."""
+    model = SMALL.but(family="deepseek_v3", layers=3)
+    tensors = model.spelled("split") if held else model.but(layers=2).spelled("split")
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(3)} if held else {}
+    return write(tmp_path, {**tensors, **extra}, model.but(layers=2).config), model
+
+
+def test_a_prediction_block_needs_no_place(tmp_path: Path, seen: Reads) -> None:
+    source, model = mtp(tmp_path, held=True)
+    wanted = model.but(layers=2).spelled("grouped")
+    into = painted(wanted)
+    report = restow.load(source, into)
+    assert differing(into, wanted) == []
+    assert report.unused == ()
+    assert report.bytes_read == sum(t.nbytes for t in wanted.values()), "and costs nothing"
+    assert all(".layers.2." in name for name in restow.plan(source, into).passed)
+
+
+def test_a_prediction_block_that_is_wanted_is_filled(tmp_path: Path) -> None:
+    source, model = mtp(tmp_path, held=True)
+    wanted = {**model.spelled("grouped"), "model.layers.2.eh_proj.weight": torch.ones(3)}
+    into = painted(wanted)
+    restow.load(source, into)
+    assert differing(into, wanted) == []
+
+
+def test_a_prediction_block_that_is_not_there_is_missing_by_name(tmp_path: Path) -> None:
+    source, model = mtp(tmp_path, held=False)
+    into = painted(model.spelled("grouped"))
+    with pytest.raises(MissingTensorError) as caught:
+        restow.load(source, into)
+    missing = sorted(name for name in into if ".layers.2." in name)
+    assert missing
+    assert all(name in str(caught.value) for name in missing)
+    report = restow.load(source, into, allow_missing=["model.layers.2.*"])
+    assert sorted(report.missing) == missing
+
+
+# Names.
+
+
+def test_rename_on_load(tmp_path: Path) -> None:
+    source = SMALL.written(tmp_path)
+    wanted = {
+        name.replace("model.", "net.", 1)
+        .replace(".mlp.gate.", ".moe.router.")
+        .replace(".mlp.", ".moe."): tensor
+        for name, tensor in SMALL.spelled("grouped").items()
+    }
+    into = painted(wanted)
+    table = {
+        "model.layers.{}.mlp.gate.weight": "net.layers.{}.moe.router.weight",
+        "model.layers.{}.mlp.experts.{}.gate_proj.weight": "net.layers.{}.moe.experts.gate_and_up_projs",
+        "model.layers.{}.mlp.experts.{}.up_proj.weight": "net.layers.{}.moe.experts.gate_and_up_projs",
+        "model.layers.{}.mlp.experts.{}.down_proj.weight": "net.layers.{}.moe.experts.down_projs",
+        "model.embed_tokens.weight": "net.embed_tokens.weight",
+        "model.norm.weight": "net.norm.weight",
+    }  # fmt: skip
+    report = restow.load(source, into, rename=table)
+    assert sorted(report.in_place) == sorted(wanted)
+    assert differing(into, wanted) == []
+    runs = {
+        name.replace(".moe.router.", ".mlp.gate.").replace(".moe.", ".mlp."): t for name, t in into.items()
+    }
+    restow.load(source, runs, rename=[("model", "net")])
+    with pytest.raises((MissingTensorError, UnexpectedTensorError)):
+        restow.load(source, runs)
