@@ -156,10 +156,12 @@ def on_mesh(mesh: DeviceMesh, folder: Path) -> None:
             dcp.load(hf, storage_reader=HuggingFaceStorageReader(str(folder / name)))
             back = adapter.from_hf(dict(hf), device_mesh=mesh)
             experts = {n for n in model if ".experts." in n}
-            if on.ndim == 1:
-                assert adapter.view_loaded_native_keys == experts
-                assert not experts & back.keys()
-            assert back.keys() | adapter.view_loaded_native_keys == model.keys()
+            loaded = adapter.view_loaded_native_keys
+            if nemo_automodel.__version__ < "0.7":  # its Nemotron-H adapter leaves mtp. off
+                loaded = {n if n in model else f"mtp.{n}" for n in loaded}
+            assert loaded == (experts if on.ndim == 1 else set())
+            assert not loaded & back.keys()
+            assert back.keys() | loaded == model.keys()
             for n, value in back.items():
                 _local(model[n]).copy_(_local(value))
             assert {n: _local(t).data_ptr() for n, t in model.items()} == memory

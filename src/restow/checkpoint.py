@@ -12,6 +12,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+from restow.codec import SUFFIX, Codec, with_scales
 from restow.entries import Entry
 from restow.errors import show
 from restow.family import Family
@@ -42,6 +43,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None = None
     given: bool = False  # the caller said the family or the layout
     stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    codec: Codec | None = None  # what the config announces about quantised weights
 
     @cached_property
     def layouts(self) -> Mapping[str, Layout]:
@@ -95,6 +97,7 @@ def survey(
     problems: tuple[Problem, ...] = (),
     given: bool = False,
     stamps: Mapping[str, tuple[int, ...]] | None = None,
+    codec: Codec | None = None,
 ) -> Checkpoint:
     """Find the experts modules and router tensors among `tensors`. Raises `ConfigError` for impossible sizes."""
     sizes = dict(family.read_sizes(config)) if family is not None and config is not None else {}
@@ -102,9 +105,11 @@ def survey(
     routers = RouterRows(family)
     found = find_modules(
         _Shapes(tensors),
-        candidates_of(family, layout),
+        with_scales(candidates_of(family, layout), codec),
         sizes,
-        claimed=lambda name: layout is not None or routers.row(name) is not None or _excused(name, family, sizes),
+        claimed=lambda name: layout is not None or routers.row(name) is not None or _excused(name, family, sizes)
+        or (codec is None and name.endswith(SUFFIX)),
+        codec=codec,
     )
     return Checkpoint(
         tensors=tensors,
@@ -117,6 +122,7 @@ def survey(
         config=config,
         given=given,
         stamps=stamps or {},
+        codec=codec,
     )
 
 

@@ -14,6 +14,7 @@ from itertools import islice
 from math import prod
 from typing import NamedTuple
 
+from restow.codec import SCALE, Codec, lost_scales, odd_grids
 from restow.errors import (
     LISTED,
     AmbiguousLayoutError,
@@ -79,6 +80,7 @@ def find_modules(
     local: Mapping[str, int] | None = None,
     partial: bool = False,
     what: str = "the checkpoint",
+    codec: Codec | None = None,
 ) -> Findings:
     """Find every experts module among `shapes` (name -> shape).
 
@@ -104,7 +106,7 @@ def find_modules(
     strangers = _below(missed, by_path, claimed)
     modules: dict[str, Module] = {}
     errors: list[tuple[str, RestowError]] = []
-    known = Known(sizes, local or {}, partial, what)
+    known = Known(sizes, local or {}, partial, what, codec)
     for path, matched in _whole_modules(by_path, hit_names, candidates):
         found = _decide(path, matched, hit_names[path], shapes, candidates, known)
         errors += [(path, error) for error in found[1]]
@@ -136,6 +138,7 @@ class Known(NamedTuple):
     local: Mapping[str, int]
     partial: bool
     what: str
+    codec: Codec | None = None
 
 
 Matched = dict[int, dict[tuple[str, tuple[int, ...]], str]]
@@ -195,6 +198,8 @@ def _decide(
     full = [tag for tag, found in matched.items() if len(found) == len(names)]
     if not full:
         return None, [_mixed_error(path, matched, candidates)]
+    # Rows for scales that nobody has met here explain nothing: the same layout without them does.
+    full = [tag for tag in full if _scaled(candidates[tag].layout) <= {role for role, _ in matched[tag]}] or full
     tried = [(tag, *_fit(path, matched[tag], candidates[tag], shapes, known)) for tag in full]
     fits = [(module, errors) for _, module, errors in tried if not errors]
     if len({module.layout for module, _ in fits}) == 1:
@@ -206,6 +211,10 @@ def _decide(
     if len({candidates[tag].layout for tag in full}) == 1 or _same_errors(tried):
         return tried[0][1], tried[0][2]
     return None, [_none_error(path, tried, candidates, shapes)]
+
+
+def _scaled(layout: Layout) -> set[str]:
+    return {row.role for row in layout.rows if row.role.endswith(SCALE)}
 
 
 def _same_errors(tried: Sequence[tuple[int, Module, list[RestowError]]]) -> bool:
@@ -235,6 +244,7 @@ def _fit(
     tensors: dict[str, tuple[str | None, ...]] = {}
     wrong: list[tuple[str, str]] = []
     missing, lacking = list[str](), 0
+    unscaled: list[str] = []
     extra: list[str] = []
     for row in layout.rows:
         found = by_row[row.role]
@@ -248,15 +258,24 @@ def _fit(
             slots[_flat(index, lengths)] = name
             if shapes[name] != expected:
                 wrong.append((name, _shape_text(row, {**solved, **local})))
-        if not known.partial or not found:
+        if row.role.endswith(SCALE):
+            names = (name_of(row, _index(i, lengths), solved) for i, name in enumerate(slots) if name is None)
+            unscaled += [f"{path}.{name}" for name in names]
+        elif not known.partial or not found:
             gaps = (i for i, name in enumerate(slots) if name is None)
             missing += [f"{path}.{name_of(row, _index(i, lengths), solved)}" for i in islice(gaps, HOLES)]
             lacking += slots.count(None)
         tensors[row.role] = tuple(slots)
     module = Module(path, layout, spelling.names, solved, tensors)
     errors += _count_errors(module, missing, lacking, extra, by_row, known.what)
-    if wrong:
-        errors.append(_shape_error(module, wrong, shapes))
+    scales = {name for role, names in tensors.items() if role.endswith(SCALE) for name in names}
+    grids = [(name, want, shapes[name]) for name, want in wrong if name in scales]
+    if len(grids) < len(wrong):
+        errors.append(_shape_error(module, [(n, want) for n, want in wrong if n not in scales], shapes))
+    if not errors and unscaled:  # without its weight a scale is not missing
+        errors.append(lost_scales(unscaled))
+    if not errors and grids:
+        errors.append(odd_grids(grids, known.codec))
     return module, errors
 
 

@@ -11,9 +11,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from restow.checkpoint import Checkpoint
+from restow.codec import SUFFIX, announced
 from restow.errors import (
     DtypeMismatchError,
     MissingTensorError,
+    QuantizationError,
+    RestowError,
     ShapeMismatchError,
     UnexpectedTensorError,
     show,
@@ -21,15 +24,15 @@ from restow.errors import (
 from restow.family import Family
 from restow.layers import LayerFindings, judge_layers
 from restow.problems import Problem
+from restow.quantized import judge_quantized
 from restow.required import judge_required, there
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-QUANTISED = ("quantization_config", "compression_config")
 
 
 def judge(found: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Problem, ...]:
     """Every finding about `found` as a whole checkpoint; `dtypes` by name, as the files spell them."""
-    problems = list(_dtypes(found, dtypes))
+    problems = [*_dtypes(found, dtypes), *judge_quantized(found, dtypes)]
     family = found.family
     if family is None:
         return tuple(problems)
@@ -64,7 +67,7 @@ def _shapes(found: Checkpoint, family: Family, layers: LayerFindings) -> Iterato
         return
     width = found.sizes.get("h", found.sizes.get("d"))
     wrong = [] if told & {MissingTensorError, UnexpectedTensorError} else list(layers.wrong)
-    plain = found.config is not None and not _quantised(found.config)
+    plain = found.config is not None and announced(found.config) is None
     for name in family.required:
         held = there(found, family, name.lstrip("?"))
         if held is None or width is None:
@@ -88,14 +91,9 @@ def _shapes(found: Checkpoint, family: Family, layers: LayerFindings) -> Iterato
         yield Problem(error, True)
 
 
-def _quantised(config: Mapping[str, object]) -> bool:
-    text = config.get("text_config")
-    return any(key in part for part in (config, text) if isinstance(part, Mapping) for key in QUANTISED)
-
-
 def _dtypes(found: Checkpoint, dtypes: Mapping[str, str]) -> Iterator[Problem]:
     """Experts in integers or 8-bit floats that nothing announces, and modules that mix dtypes."""
-    plain = found.config is not None and not _quantised(found.config)
+    plain = found.config is not None and announced(found.config) is None
     coded: list[tuple[str, str]] = []
     mixed: list[tuple[str, str, str]] = []
     for module in found.modules.values():
@@ -108,10 +106,12 @@ def _dtypes(found: Checkpoint, dtypes: Mapping[str, str]) -> Iterator[Problem]:
                 dtype = dtypes[name] if name is not None else usual
                 if name is not None and plain and dtype not in FLOATS:
                     coded.append((name, dtype))
-                elif name is not None and dtype != usual:
+                elif name is not None and dtype != usual and found.codec is None:
                     mixed.append((name, dtype, usual))
     if coded:
-        error = DtypeMismatchError(
+        scaled = any(name + SUFFIX in found.tensors for name, _ in coded)
+        kind: type[RestowError] = QuantizationError if scaled else DtypeMismatchError
+        error = kind(
             f"experts in {', '.join(sorted(FLOATS))}, since config.json has no quantization_config",
             f"{coded[0][1]} in {len(coded)} tensors" if len(coded) > 1 else coded[0][1],
             tensor=coded[0][0],

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from restow.checkpoint import Checkpoint
+from restow.codec import SUFFIX
 from restow.errors import MissingTensorError, RestowError, SizeError, UnexpectedTensorError, show
 from restow.family import Family
 from restow.find import Module
@@ -71,7 +72,7 @@ def _stacks(found: Checkpoint, family: Family) -> list[Stack]:
     excused: dict[tuple[str, str], bool] = {}
     for name in found.others:
         for path, layers in names.items():
-            if not name.startswith(f"{path}."):
+            if not name.startswith(f"{path}.") or name.endswith(SUFFIX):  # scales are `quantized`'s
                 continue
             number, _, rest = name[len(path) + 1 :].partition(".")
             if (path, number) not in excused:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from restow.checkpoint import Checkpoint, survey
+from restow.codec import Codec, read_codec
 from restow.errors import ConfigError, RestowError, UnsupportedFamilyError, show
 from restow.family import Family
 from restow.folder import open_folder
@@ -52,7 +53,12 @@ def open_checkpoint(
             if doubt is not None and layout is None:
                 problems.append(Problem(doubt, True))
     given = family is not None or layout is not None
-    shared: dict[str, Any] = {"path": folder.root, "given": given, "layout": layout_of(layout, known)}
+    codec: Codec | None = None
+    try:
+        codec = read_codec(config)
+    except RestowError as error:
+        problems.append(Problem(error, True))
+    shared: dict[str, Any] = {"codec": codec, "path": folder.root, "given": given, "layout": layout_of(layout, known)}
     shared["stamps"] = {header.file: header.stamp for header in folder.headers}
     try:
         found = survey(folder.tensors, family=known, config=config, problems=tuple(problems), **shared)

@@ -23,6 +23,7 @@ from restow.naming import check_rename, renamed
 from restow.notation import Dim, Factor, Row
 from restow.plans import Copy, Part, Plan
 from restow.problems import merged
+from restow.quantized import refuse_cast, refuse_decoding
 from restow.targets import Runs, Target, whole_target
 
 Take = tuple[tuple[str, tuple[int, ...]], ...]
@@ -105,9 +106,9 @@ def prepare(source: Checkpoint, targets: Sequence[Target], wish: Wish) -> Prepar
         if name is not None
     }
     plain = pair_others(source, [name for name in by_name if name not in owners], wish)
-    return Prepared(
-        source, by_name, wish, found.modules, pair_modules(source, found.modules, wish), owners, plain
-    )
+    pairs = pair_modules(source, found.modules, wish)
+    refuse_decoding(source, found.modules, pairs)
+    return Prepared(source, by_name, wish, found.modules, pairs, owners, plain)
 
 
 def plan_of(prepared: Prepared, chosen: Mapping[str, Target]) -> Plan:
@@ -262,6 +263,7 @@ class _Draft:
     def add_plain(self, source_name: str, name: str) -> None:
         """The copies of a tensor outside the experts."""
         wish, target = self.prepared.wish, self.chosen[name]
+        refuse_cast(self.source, source_name, target.dtype)
         entry = self.source.tensors[source_name]
         row, shape = plain_row(len(entry.shape)), entry.shape
         take: Take = ()

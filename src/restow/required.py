@@ -55,6 +55,20 @@ def judge_required(found: Checkpoint, family: Family) -> Iterator[Problem]:
             yield from _tied(found, held, there(found, family, needed[0]))
 
 
+def tied_pair(found: Checkpoint) -> tuple[str, str] | None:
+    """A head and the embedding that the config ties it to, where both are there and could hold the same values."""
+    family = found.family
+    if family is None or found.config is None or not family.ties(found.config):
+        return None
+    names = [name.lstrip("?") for name in family.required]
+    head = next((there(found, family, n) for n in names if f"?{n}" in family.required), None)
+    embedding = there(found, family, names[0])
+    if head is None or embedding is None or head == embedding:
+        return None
+    kinds = {(found.tensors[name].dtype, found.tensors[name].shape) for name in (head, embedding)}
+    return (head, embedding) if len(kinds) == 1 else None
+
+
 def _without_prefix(found: Checkpoint, needed: Sequence[str]) -> list[str]:
     """The needed names as an export without its outer modules has them; empty if it is none."""
     for cut in range(1, needed[0].count(".")):

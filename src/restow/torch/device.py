@@ -20,8 +20,7 @@ import torch
 from restow.plans import Copy, Plan
 from restow.reads import spans
 from restow.torch.dtypes import torch_dtype
-from restow.torch.files import OpenFiles
-from restow.torch.layouts import Landing, landing_of, tile_axis
+from restow.torch.read import Booked, Files, Landing, Progress, compared, landing_of, tile_axis
 
 SLOTS = 4
 SLOT = 64 << 20  # bytes of one slot, on the host and on the device
@@ -105,14 +104,39 @@ def _tiles(
             yield reads, Tile(0, dtype, shape, strides, to), need
 
 
+def on_one_device(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether this is a plan of ours: files only, into one CUDA device only."""
+    filled = {plan.targets[copy.target].name for copy in plan.copies}
+    devices = {tensors[name].device for name in filled}
+    return len(devices) == 1 and next(iter(devices)).type == "cuda" and all(part.file for part in plan.parts)
+
+
 def run_on_device(
     plan: Plan,
     tensors: Mapping[str, torch.Tensor],
-    files: OpenFiles,
+    *,
+    root: str | None,
+    stamps: Mapping[str, tuple[int, ...]],
     threads: int,
+    progress: Progress | None = None,
+) -> Booked:
+    """Run a plan whose targets all lie on one CUDA device; like `read.run_plan` in all else."""
+    with ExitStack() as stack:
+        files = Files(stack, root, stamps)
+        read, written = _pump(plan, tensors, files, threads, progress)
+        files.check()
+    return Booked(read, compared(plan, written))
+
+
+def _pump(
+    plan: Plan,
+    tensors: Mapping[str, torch.Tensor],
+    files: Files,
+    threads: int,
+    progress: Progress | None,
 ) -> tuple[int, dict[int, int]]:
-    """Run a plan whose targets all lie on one device; the bytes read, and the elements written by target."""
-    device = next(iter(tensors.values())).device
+    device = tensors[plan.targets[plan.copies[0].target].name].device
+    total = plan.bytes
     read, written = 0, dict[int, int]()
     host = [torch.empty(SLOT, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
     views = [memoryview(slot.numpy()) for slot in host]
@@ -136,6 +160,8 @@ def run_on_device(
                 for tile in load.tiles:
                     _move(tile, there[slot], written)
                 taken[slot].record(moved)
+            if progress is not None:
+                progress(min(read + got, total), total)
             return got
 
         for number, load in enumerate(loads(plan, tensors)):
@@ -175,7 +201,7 @@ def _shares(pieces: Sequence[Piece], threads: int) -> list[list[Piece]]:
     return [cut[i : i + step] for i in range(0, len(cut), step)]
 
 
-def _fill(files: OpenFiles, pieces: Sequence[Piece], slot: memoryview) -> int:
+def _fill(files: Files, pieces: Sequence[Piece], slot: memoryview) -> int:
     return sum(
         files.get(piece.file).preadv(piece.begin, [slot[piece.at : piece.at + piece.length]]) for piece in pieces
     )

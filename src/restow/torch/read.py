@@ -27,7 +27,7 @@ from restow.torch.dtypes import dtype_name, torch_dtype
 from restow.torch.tiles import move
 from restow.torch.transpose import LINE
 
-JOB = 16 << 20  # bytes of one job, where the outermost axis lets it be cut
+JOB = 16 << 20  # bytes of one job, where the outermost axis lets it be cut, and of what a thread takes at once
 STAGE = 16 << 20  # bytes of one tile on its way to a device
 TILE = 4 << 20  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
 KEPT = 64  # storages whose bytes a thread keeps at hand
@@ -48,7 +48,8 @@ class _Job(NamedTuple):
     number: int
     copies: tuple[Copy, ...]
     first: int
-    count: int
+    steps: int
+    size: int  # bytes, gaps not counted
 
 
 @dataclass
@@ -147,15 +148,23 @@ def _compare(plan: Plan, ledger: _Ledger) -> int:
 
 
 class _Queue:
-    """Jobs in order, handed out one by one to any thread."""
+    """Jobs in order, handed out to any thread: neighbours together, so that their reads can be one."""
 
     def __init__(self, jobs: Iterator[_Job]) -> None:
         self._jobs = jobs
+        self._next = next(jobs, None)
         self._lock = threading.Lock()
 
-    def take(self) -> _Job | None:
+    def take(self) -> list[_Job]:
+        """The next jobs, at most `JOB` bytes or one that is larger; none when all are taken."""
+        group: list[_Job] = []
         with self._lock:
-            return next(self._jobs, None)
+            size = 0
+            while self._next is not None and (not group or size + self._next.size <= JOB):
+                group.append(self._next)
+                size += self._next.size
+                self._next = next(self._jobs, None)
+        return group
 
 
 class _Files:
@@ -202,17 +211,19 @@ def _jobs(plan: Plan) -> Iterator[_Job]:
     number = 0
     for batch in plan.batches():
         pattern = plan.patterns[batch[0].pattern]
+        itemsize = plan.itemsize(batch[0])
         if not pattern.sizes:
-            yield _Job(number, batch, 0, 1)
+            yield _Job(number, batch, 0, 1, itemsize)
             number += 1
             continue
-        itemsize = plan.itemsize(batch[0])
         outer, rows, _ = spans(*pattern[:2], itemsize)
-        step = even(pattern.sizes[0], JOB // max(1, prod(pattern.sizes[1:]) * itemsize), LINE // itemsize)
+        inner = max(1, prod(pattern.sizes[1:]) * itemsize)
+        step = even(pattern.sizes[0], JOB // inner, LINE // itemsize)
         if rows and outer == 0:
             step = max(rows, step // rows * rows)
         for first in range(0, pattern.sizes[0], step):
-            yield _Job(number, batch, first, min(step, pattern.sizes[0] - first))
+            steps = min(step, pattern.sizes[0] - first)
+            yield _Job(number, batch, first, steps, steps * inner)
             number += 1
 
 
@@ -227,14 +238,14 @@ def _work(
     torch.set_num_threads(1)  # this thread is one of ours: ATen must not start a second pool below it
     worker = _Worker(plan, tensors, memory, files)
     while not ledger.stop.is_set():
-        job = queue.take()
-        if job is None:
+        jobs = queue.take()
+        if not jobs:
             return
         try:
-            read, written = worker.run(job)
+            read, written = worker.run(jobs)
         except BaseException as error:
             with ledger.lock:
-                ledger.errors.append((job.number, error))
+                ledger.errors.append((jobs[0].number, error))
             ledger.stop.set()
             return
         ledger.book(read, written)
@@ -263,13 +274,19 @@ class _Worker:
         self._scratch, self._cast = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
         self._view = memoryview(self._scratch.numpy())
         self._bytes: dict[int, memoryview] = {}
+        self._due: tuple[SourceFile, int, int, list[memoryview]] | None = None  # a file's run, and where it goes
 
-    def run(self, job: _Job) -> tuple[int, dict[int, int]]:
-        """Do one job; the bytes read, and the elements written by target."""
+    def run(self, jobs: Sequence[_Job]) -> tuple[int, dict[int, int]]:
+        """Do jobs; the bytes read, and the elements written by target."""
+        written: dict[int, int] = {}
+        read = sum(self._run(job, written) for job in jobs)
+        return read + self._read_due(), written
+
+    def _run(self, job: _Job, written: dict[int, int]) -> int:
         plan, copy = self._plan, job.copies[0]
         part = plan.parts[copy.source]
         pattern = plan.patterns[copy.pattern]
-        sizes = (job.count, *pattern.sizes[1:]) if pattern.sizes else ()
+        sizes = (job.steps, *pattern.sizes[1:]) if pattern.sizes else ()
         at = copy.at + (job.first * pattern.source[0] if pattern.sizes else 0)
         landings = [self._landing(c, job.first) for c in job.copies]
         if not part.file:
@@ -277,10 +294,9 @@ class _Worker:
             read = 0
         else:
             read = self._from_file(part, at, sizes, pattern.source, landings)
-        written: dict[int, int] = {}
         for landing in landings:
             written[landing.target] = written.get(landing.target, 0) + prod(sizes)
-        return read, written
+        return read
 
     def _landing(self, copy: Copy, first: int) -> _Landing:
         pattern = self._plan.patterns[copy.pattern]
@@ -328,7 +344,7 @@ class _Worker:
         run: int,
         landing: _Landing,
     ) -> int:
-        """Runs of the file into runs of the tensor's storage: no buffer in between."""
+        """Runs of the file into runs of the tensor's storage: no buffer in between, one call for what adjoins."""
         storage = self._storage(landing)
         outer = how.outer
         block = itemsize * prod(sizes[max(run, outer) :])
@@ -340,8 +356,23 @@ class _Worker:
             for first in range(0, len(scatter), 1024):
                 places = [(to + place) * itemsize for place in scatter[first : first + 1024]]
                 buffers = [storage[place : place + block] for place in places]
-                read += source.preadv(offset + first * block, buffers)
+                read += self._read_soon(source, offset + first * block, len(buffers) * block, buffers)
         return read
+
+    def _read_soon(self, source: SourceFile, begin: int, size: int, buffers: list[memoryview]) -> int:
+        """Note a read; what adjoins it in the file joins it. The bytes of an earlier one that had to go first."""
+        if self._due is not None and self._due[0] is source and self._due[2] == begin:
+            self._due[3].extend(buffers)
+            self._due = (source, self._due[1], begin + size, self._due[3])
+            return 0
+        read = self._read_due()
+        self._due = (source, begin, begin + size, buffers)
+        return read
+
+    def _read_due(self) -> int:
+        """Read what is noted; its bytes."""
+        due, self._due = self._due, None
+        return due[0].preadv(due[1], due[3]) if due is not None else 0
 
     def _tiled(
         self,

@@ -125,6 +125,7 @@ def placed_runs(name: str, tensor: DTensor) -> Runs:
 
     Where sizes are uneven, what `fully_shard` holds of a tensor that was sharded before is not always what
     the same placements give when DTensor applies them: the local tensor's shape says which of them made it.
+    Where both have one length but other rows (27 rows on 3 x 4 ranks, one of them), `fully_shard` counts.
     """
     mesh, shape = tensor.device_mesh, tuple(tensor.shape)
     coordinate = mesh.get_coordinate()

@@ -31,6 +31,7 @@ from restow.notation import Row
 from restow.opening import family_of, open_checkpoint
 from restow.planning import Prepared, pair_others
 from restow.problems import merged
+from restow.quantized import refuse_decoding
 from restow.targets import Target, whole_target
 from restow.torch.chunks import CHUNK, Filled, Slice, fill, grouped, raw, room, slices
 from restow.torch.dtypes import torch_dtype, wider
@@ -180,6 +181,8 @@ class _Sides:
 def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: bool) -> _Sides:
     wish = Wish(family=first.family or second.family, rename=rename)
     pairs = pair_modules(first, second.modules, wish)
+    refuse_decoding(first, second.modules, pairs)
+    refuse_decoding(second, first.modules, {theirs: ours for ours, theirs in pairs.items()})
     names = [] if experts_only else list(second.others)
     plain = pair_others(first, names, wish)
     found: list[Difference] = []

@@ -1,0 +1,227 @@
+"""One CUDA device: how fast a checkpoint in the page cache goes into packed grouped parameters, against limits and peers.
+
+    python bench/gpu.py [--layers 4] [--save]
+
+Prints one table of rates and ratios, checks every value, and exits 1 if a peer could not be measured or a bar is missed.
+Peers: safetensors' own loader to the device, torch DCP's Hugging Face reader into strided views. Limits: pinned copies
+host to device, page cache to pinned memory, copies on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+E, D, F = 128, 2048, 768
+SHARDS = 4
+
+
+def values(layer: int, kind: int, device: str) -> torch.Tensor:
+    """Distinct bf16 values of a layer's projection: [E, rows, cols], from the element's own number."""
+    rows, cols = (F, D) if kind < 2 else (D, F)
+    n = torch.arange(E * rows * cols, dtype=torch.int64, device=device)
+    n = (n * 2654435761 + 97 * layer + kind) & 0x7FFF
+    n = torch.where((n >> 7 & 0xFF) == 0xFF, n ^ 0x4000, n)
+    return n.to(torch.int16).view(torch.bfloat16).view(E, rows, cols)
+
+
+def make(folder: Path, layers: int) -> int:
+    """A Qwen3-MoE-shaped checkpoint, experts only, written file by file; the bytes of all tensors."""
+    from safetensors.torch import save_file
+
+    index: dict[str, str] = {}
+    total = 0
+    for layer in range(layers):
+        table = {}
+        for kind, name in enumerate(("gate", "up", "down")):
+            for e, one in enumerate(values(layer, kind, "cpu")):
+                key = f"model.layers.{layer}.mlp.experts.{e}.{name}_proj.weight"
+                table[key] = one.contiguous()
+                total += one.nbytes
+        name = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
+        save_file(table, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(table, name)
+    config = {"model_type": "qwen3_moe", "num_experts": E, "moe_intermediate_size": F, "hidden_size": D,
+              "num_hidden_layers": layers, "tie_word_embeddings": True}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return total
+
+
+def grouped(layers: int) -> dict[str, torch.Tensor]:
+    """Packed destinations, filled with -1."""
+    out = {}
+    for layer in range(layers):
+        at = f"model.layers.{layer}.mlp.experts"
+        out[f"{at}.gate_and_up_projs"] = torch.full((E, D, 2 * F), -1, dtype=torch.bfloat16, device="cuda")
+        out[f"{at}.down_projs"] = torch.full((E, F, D), -1, dtype=torch.bfloat16, device="cuda")
+    return out
+
+
+def check(state: dict[str, torch.Tensor], layers: int) -> None:
+    """Every value of every tensor against its own number."""
+    for layer in range(layers):
+        at = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (values(layer, kind, "cuda").transpose(1, 2) for kind in range(3))
+        both = state[f"{at}.gate_and_up_projs"]
+        same = [(both[..., :F], gate), (both[..., F:], up), (state[f"{at}.down_projs"], down)]
+        for found, wanted in same:
+            if not torch.equal(found.contiguous().view(torch.int16), wanted.contiguous().view(torch.int16)):
+                sys.exit("wrong values")
+
+
+def timed(call: Callable[[], object], repeats: int) -> float:
+    """Median seconds, the device idle before and after."""
+    out = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        out.append(time.perf_counter() - start)
+    return statistics.median(out)
+
+
+def host_limits(threads: int) -> dict[str, float]:
+    """GB/s of pinned copies to the device and of copies on the device."""
+    size = 1 << 30
+    host, there, other = (
+        torch.empty(size, dtype=torch.uint8, pin_memory=True),
+        torch.empty(size, dtype=torch.uint8, device="cuda"),
+        torch.empty(size, dtype=torch.uint8, device="cuda"),
+    )
+    there.copy_(host)
+    return {
+        "pinned memory to the device": size / timed(lambda: there.copy_(host, non_blocking=True), 5) / 1e9,
+        "copy on the device": size / timed(lambda: other.copy_(there), 5) / 1e9,
+    }
+
+
+def cache_to_pinned(folder: Path, threads: int) -> float:
+    """GB/s of reading all files into one pinned buffer, again and again, with this many threads."""
+    files = sorted(folder.glob("*.safetensors"))
+    buffer = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+    view = memoryview(buffer.numpy())
+    jobs = [(f, at) for f in files for at in range(0, f.stat().st_size, 4 << 20)]
+
+    def work(part: list[tuple[Path, int]], slot: int) -> None:
+        fds: dict[Path, int] = {}
+        base = slot * (4 << 20)
+        for file, at in part:
+            fd = fds.setdefault(file, -1)
+            if fd < 0:
+                fd = fds[file] = os.open(file, os.O_RDONLY)
+            os.preadv(fd, [view[base : base + (4 << 20)]], at)
+        for fd in fds.values():
+            os.close(fd)
+
+    def run() -> None:
+        pool = [threading.Thread(target=work, args=(jobs[i::threads], i)) for i in range(threads)]
+        for one in pool:
+            one.start()
+        for one in pool:
+            one.join()
+
+    run()
+    return sum(f.stat().st_size for f in files) / timed(run, 3) / 1e9
+
+
+def dcp_load(folder: Path, state: dict[str, torch.Tensor], threads: int) -> None:
+    """torch DCP's reader into per-expert strided views of the grouped tensors."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    views = {}
+    for name, tensor in state.items():
+        at = name.rpartition(".")[0]
+        for e in range(E):
+            if name.endswith("down_projs"):
+                views[f"{at}.{e}.down_proj.weight"] = tensor[e].t()
+            else:
+                views[f"{at}.{e}.gate_proj.weight"] = tensor[e, :, :F].t()
+                views[f"{at}.{e}.up_proj.weight"] = tensor[e, :, F:].t()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(views, storage_reader=HuggingFaceStorageReader(str(folder), thread_count=threads), no_dist=True)
+
+
+def main() -> int:
+    options = argparse.ArgumentParser()
+    options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--peers", type=int, default=1)
+    options.add_argument("--save", type=Path)
+    words = options.parse_args()
+    import restow
+    from restow.torch.read import default_threads
+
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.environ.get("BENCH_SHM") else None))
+    total = make(folder, words.layers)
+    threads = min(16, os.cpu_count() or 1)
+    rows: list[tuple[str, float]] = []
+    state = grouped(words.layers)
+    opened = restow.open(folder)
+    report = restow.load(opened, state, threads=threads)
+    check(state, words.layers)
+    for tensor in state.values():
+        tensor.fill_(-1)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    restow.load(opened, state, threads=threads)
+    extra = (torch.cuda.max_memory_allocated() - before) >> 20
+    check(state, words.layers)
+    assert report.bytes_read == total
+    for count in (4, 8, threads):
+        seconds = timed(lambda n=count: restow.load(opened, state, threads=n), words.repeats)
+        rows.append((f"restow.load, split -> packed grouped, {count} threads", total / seconds / 1e9))
+    best = rows[-1][1]
+    limits = host_limits(threads)
+    limits[f"page cache to pinned memory, {threads} threads"] = cache_to_pinned(folder, threads)
+    rows += list(limits.items())
+    if words.peers:
+        from safetensors.torch import load_file
+
+        files = sorted(folder.glob("*.safetensors"))
+        seconds = timed(lambda: [load_file(f, device="cuda") for f in files], 3)
+        rows.append(("safetensors load_file(device='cuda')", total / seconds / 1e9))
+        seconds = timed(lambda: dcp_load(folder, state, 4), 1)
+        rows.append(("torch DCP reader into strided views, 4 threads", total / seconds / 1e9))
+    src = dict(state)
+    split = restow.relayout(src, src="grouped", dst="split", family="qwen3_moe")
+    packed = {name: tensor.contiguous() for name, tensor in list(split.items())[: 3 * E]}
+    del packed
+    name = torch.cuda.get_device_name()
+    text = [f"{name}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+            f"{total / 1e9:.2f} GB in {words.layers} files, page cache warm, {default_threads()} default threads",
+            "", "| what | GB/s | restow is |", "|---|---|---|"]  # fmt: skip
+    text += [f"| {what} | {rate:.1f} | {best / rate:.2f} x |" for what, rate in rows]
+    text += ["", f"extra memory on the device while loading: {extra} MiB"]
+    peers = dict(rows)
+    bars = [("at least 30 GB/s", best >= 30), ("at most 256 MiB extra", extra <= 256)]
+    if words.peers:
+        bars += [
+            ("6 x safetensors", best >= 6 * peers["safetensors load_file(device='cuda')"]),
+            ("8 x DCP with 4 threads", best >= 8 * peers["torch DCP reader into strided views, 4 threads"]),
+        ]
+    text += [f"{'held' if held else 'MISSED'}: {what}" for what, held in bars]
+    print("\n".join(text))
+    if words.save:
+        words.save.write_text("\n".join(text) + "\n")
+    return 0 if all(held for _, held in bars) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

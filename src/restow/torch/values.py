@@ -1,0 +1,210 @@
+"""What only the values show: NaN and infinity, bytes that are no bool, experts of zeros, scales that are none.
+
+A value is looked at where it lies, once, on its way to somewhere else: doubling an element's bits drops its sign, and
+the largest of them then tells whether any is NaN or infinite, and whether all are zero. It changes no value and rejects
+nothing: its findings are `Problem`s, of which only scales without a value are fatal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import xxhash
+
+from restow.checkpoint import Checkpoint
+from restow.errors import (
+    AmbiguousTensorError,
+    NonFiniteError,
+    QuantizationError,
+    RestowError,
+    SuspiciousTensorError,
+    TensorValueError,
+    show,
+)
+from restow.layout import Sizes, axis_size
+from restow.notation import Row, dim_keys
+from restow.problems import Problem
+from restow.quantized import scales_of
+from restow.required import tied_pair
+from restow.torch.chunks import Filled
+
+BLOCK = 1 << 16  # elements that are looked at together: they stay in the cache
+NAMED = 20  # places of one tensor that are told
+# The doubled bits of infinity, or of the lowest NaN where a dtype has no infinity.
+LIMITS = {
+    "F64": 0xFFE0 << 48, "F32": 0xFF00 << 16, "F16": 0xF800, "BF16": 0xFF00, "F8_E4M3": 0xFE, "F8_E5M2": 0xF8,
+}  # fmt: skip
+UNSIGNED: Mapping[int, type[np.unsignedinteger[np.typing.NBitBase]]] = {
+    1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64,
+}  # type: ignore[dict-item]  # fmt: skip
+
+Names = Callable[[str, tuple[int, ...]], str]  # how an element of a tensor is named for people
+
+
+@dataclass
+class Values:
+    """The findings of one pass; `look` is called by one thread. `rows` are the expert tensors' rows.
+
+    `named` says how a place in a tensor is told; `scales` are names of tensors that scale others.
+    """
+
+    rows: Mapping[str, Row]
+    named: Names
+    scales: Mapping[str, str] = field(default_factory=dict)
+    odd: dict[str, list[str]] = field(default_factory=dict)  # tensor -> places, the first of them
+    counts: dict[str, int] = field(default_factory=dict)
+    bools: dict[str, int] = field(default_factory=dict)
+    peaks: dict[tuple[str, int], int] = field(default_factory=dict)  # expert tensor, number in dim e -> largest
+    worthless: dict[str, str] = field(default_factory=dict)
+    zeros: dict[str, int] = field(default_factory=dict)
+
+    def look(self, filled: Filled) -> None:
+        """Look at one slice of a tensor."""
+        target, tensor = filled.slice.target, filled.tensor
+        if target.name in self.scales:
+            self._scale(target.name, tensor)
+        elif target.dtype in LIMITS or target.dtype == "BOOL":
+            flat = tensor.reshape(-1).view(torch.uint8).numpy().view(UNSIGNED[tensor.element_size()])
+            for key, first, part in self._parts(filled, flat):
+                self._part(target.name, target.dtype, target.shape, key, first, part)
+
+    def _parts(self, filled: Filled, flat: np.ndarray) -> Iterator[tuple[int | None, int, np.ndarray]]:
+        """(number of the expert, or 0 where the name has it; first element; elements) for each part of a slice."""
+        target, row = filled.slice.target, self.rows.get(filled.slice.target.name)
+        first = filled.slice.offset // filled.tensor.element_size()
+        if row is None:
+            yield None, first, flat
+        elif row.dims and str(row.dims[0]) == "e" and len(target.runs[0]) == 1:
+            start, count = target.runs[0][0]
+            step = len(flat) // max(1, count)
+            for i in range(count):
+                yield start + i, first + i * step, flat[i * step : (i + 1) * step]
+        else:
+            yield 0, first, flat
+
+    def _part(
+        self, name: str, dtype: str, shape: tuple[int, ...], key: int | None, first: int, part: np.ndarray
+    ) -> None:
+        limit, peak = LIMITS.get(dtype, 0), 0
+        room = np.empty(min(BLOCK, len(part)), part.dtype)
+        for at in range(0, len(part), BLOCK):
+            block = part[at : at + BLOCK]
+            if dtype == "BOOL":
+                if int(block.max()) > 1:
+                    self.bools[name] = self.bools.get(name, 0) + int(np.count_nonzero(block > 1))
+                continue
+            doubled = np.add(block, block, out=room[: len(block)])
+            highest = int(doubled.max())
+            peak = max(peak, highest)
+            if highest >= limit:
+                places = np.flatnonzero(doubled >= limit)
+                self.counts[name] = self.counts.get(name, 0) + len(places)
+                told = self.odd.setdefault(name, [])
+                for place in places[: NAMED - len(told)]:
+                    index = tuple(int(i) for i in np.unravel_index(first + at + int(place), shape))
+                    if (text := self.named(name, index)) not in told:
+                        told.append(text)
+        if key is not None:
+            self.peaks[name, key] = max(peak, self.peaks.get((name, key), 0))
+
+    def _scale(self, name: str, tensor: torch.Tensor) -> None:
+        values = tensor.to(torch.float32).reshape(-1)
+        if bool((values != values).any()):
+            self.worthless[name] = "NaN"
+        elif bool((values.abs() == float("inf")).any()) or bool((values < 0).any()):
+            self.worthless[name] = "infinite or below 0"
+        elif bool((values == 0).any()):
+            self.zeros[name] = int((values == 0).sum())
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What was found."""
+        return tuple(_problems(self))
+
+
+def _problems(seen: Values) -> Iterator[Problem]:
+    if seen.worthless:
+        yield Problem(_error(QuantizationError, "scales that are finite and not below 0", seen.worthless, "scales"), True)
+    full = {name for (name, _), peak in seen.peaks.items() if peak}
+    zeros = {n: f"{count} times 0" for n, count in seen.zeros.items() if seen.scales[n] in full or not seen.peaks}
+    if zeros:
+        yield Problem(_error(QuantizationError, "scales above 0 over weights that are not 0", zeros, "scales"), False)
+    if seen.odd:
+        lines = {
+            name: f"NaN or infinite: {seen.counts[name]} values" + ("" if places == [show(name)] else f" ({places[0]})")
+            for name, places in seen.odd.items()
+        }
+        yield Problem(_error(NonFiniteError, "finite values", lines, "tensors"), False)
+    if seen.bools:
+        lines = {name: f"{count} other bytes" for name, count in seen.bools.items()}
+        yield Problem(_error(TensorValueError, "bytes 0 and 1 in tensors of BOOL", lines, "tensors"), False)
+    experts = [key for key, peak in seen.peaks.items() if not peak]
+    if experts:
+        index = {name: (e, *[0] * (len(seen.rows[name].dims) - 1)) for name, e in experts}
+        lines = {f"{name}": "only zeros" + _also(seen.named(name, index[name]), name) for name, _ in experts}
+        yield Problem(_error(SuspiciousTensorError, "experts with values", lines, "tensors"), False)
+
+
+def _also(text: str, name: str) -> str:
+    return "" if text == show(name) else f" ({text})"
+
+
+def _error(kind: type[RestowError], expected: str, found: Mapping[str, str], label: str) -> RestowError:
+    name, what = next(iter(found.items()))
+    return kind(
+        expected,
+        what if len(found) == 1 else f"{len(found)} tensors without, such as {show(name)}: {what}",
+        tensor=name,
+        sections=[(label, (f"{show(n)}: {text}" for n, text in found.items()))],
+    )
+
+
+def plain_name(name: str, index: tuple[int, ...]) -> str:
+    """A tensor's own name."""
+    return show(name)
+
+
+def axes_at(row: Row, index: tuple[int, ...], sizes: Sizes) -> dict[str, int]:
+    """The index along each axis of an element of a tensor of `row`; axes of the name are not among them."""
+    found = {}
+    for dim, place in zip(row.dims, index, strict=True):
+        for key in reversed(dim_keys(dim)):
+            place, found[key] = divmod(place, axis_size(row, key, sizes))
+    return found
+
+
+def values_of(found: Checkpoint) -> Values:
+    """A pass over a checkpoint's own tensors."""
+    rows = {
+        name: found.modules[path].layout.row(role)
+        for name, (path, role) in found.expert_tensors.items()
+        if role in ("in", "out")
+    }
+    return Values(rows, plain_name, scales_of(found))
+
+
+class Tie:
+    """The bytes of a head and of the embedding that the config ties it to, where both are there and may be equal."""
+
+    def __init__(self, found: Checkpoint) -> None:
+        self._hashes = {name: xxhash.xxh3_128() for name in tied_pair(found) or ()}
+
+    def look(self, filled: Filled) -> None:
+        if (digest := self._hashes.get(filled.slice.target.name)) is not None:
+            digest.update(filled.tensor.reshape(-1).view(torch.uint8).numpy())
+
+    def problems(self) -> tuple[Problem, ...]:
+        """That they differ, if they do."""
+        if len({digest.digest() for digest in self._hashes.values()}) < 2:
+            return ()
+        head, embedding = self._hashes
+        error = AmbiguousTensorError(
+            "one tensor for head and embedding, since the config ties them",
+            "two whose values differ",
+            tensor=head,
+            sections=[("tensors", [show(head), show(embedding)])],
+            hint="correct tie_word_embeddings in config.json, or drop the head",
+        )
+        return (Problem(error, False),)
