@@ -102,7 +102,9 @@ def _data_bytes(text: bytes, path: str, name: str) -> int:
         rows = [row for key, row in json.loads(text).items() if key != "__metadata__"]
         return max((int(row["data_offsets"][1]) for row in rows), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise HeaderError("the head of a safetensors file", f"{type(error).__name__}: {error}", path=f"{path}/{name}") from error
+        raise HeaderError(
+            "the head of a safetensors file", f"{type(error).__name__}: {error}", path=f"{path}/{name}"
+        ) from error
 
 
 def index_text(files: Sequence[OutFile]) -> bytes:

@@ -16,7 +16,21 @@ from pathlib import Path
 from restow import writing
 
 STRIPE = 1 << 20  # bytes: no common network file system caches or locks in larger units by default
-NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "ceph", "9p", "afs", "wekafs", "panfs", "fuse")
+NETWORK = (
+    "nfs",
+    "nfs4",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "cifs",
+    "smb3",
+    "ceph",
+    "9p",
+    "afs",
+    "wekafs",
+    "panfs",
+    "fuse",
+)
 
 Write = Callable[[str, int, memoryview], int]
 Exchange = Callable[[str, str], Sequence[str]]  # key, mine -> everybody's, in the order of ranks
@@ -87,8 +101,14 @@ class PagedWrites:
             for file, number in pages:
                 ranks.setdefault((file, number), []).append(other)
         shared = {page for page, who in ranks.items() if len({told[r][0] for r in who}) > 1}
-        mine = {page: parts for page, parts in self._edges.items() if page in shared and ranks[page][0] != rank}
-        sent = [[file, at, base64.b85encode(data).decode()] for (file, _), parts in mine.items() for at, data in parts]
+        mine = {
+            page: parts for page, parts in self._edges.items() if page in shared and ranks[page][0] != rank
+        }
+        sent = [
+            [file, at, base64.b85encode(data).decode()]
+            for (file, _), parts in mine.items()
+            for at, data in parts
+        ]
         got = exchange("bytes of edges", json.dumps(sent))
         written = 0
         for page, parts in self._edges.items():

@@ -69,7 +69,9 @@ def read_record(source: Checkpoint) -> Record:
     try:
         heads = _texts(section, "head ", LIMITS.header + 8)
         index = _texts(section, "index ", LIMITS.index)
-        layouts = {k.removeprefix("layout "): Layout.parse(v) for k, v in section.items() if k.startswith("layout ")}
+        layouts = {
+            k.removeprefix("layout "): Layout.parse(v) for k, v in section.items() if k.startswith("layout ")
+        }
     except (ValueError, TypeError, AttributeError, zlib.error, NotationError) as error:
         raise IndexFileError("a record that can be read", f"{error}", path=source.path) from error
     return Record(heads, next(iter(index.items()), None), layouts)

@@ -45,9 +45,7 @@ def slices(target: Target, limit: int) -> Iterator[Slice]:
     if prod(shape) * itemsize <= limit or not shape:
         yield Slice(target, 0)
         return
-    axis = next(
-        (i for i in range(len(shape)) if prod(shape[i + 1 :]) * itemsize <= limit), len(shape) - 1
-    )
+    axis = next((i for i in range(len(shape)) if prod(shape[i + 1 :]) * itemsize <= limit), len(shape) - 1)
     inner = prod(shape[axis + 1 :]) * itemsize
     step = max(1, limit // inner)
     for number, index in enumerate(product(*(range(n) for n in shape[:axis]))):

@@ -122,7 +122,11 @@ def convert(
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     warnings = _judge(opened, strict)
     job = _prepare(opened, to, experts, dtype, max_shard_bytes)
-    size = sum(file.size for file in job.files) + sum(map(len, job.side.values())) + (len(job.index[1]) if job.index else 0)
+    size = (
+        sum(file.size for file in job.files)
+        + sum(map(len, job.side.values()))
+        + (len(job.index[1]) if job.index else 0)
+    )
     count = len(job.files) + len(job.side) + (job.index is not None) + 1
     assert opened.path is not None
     with Staging(target, size=size, count=count, sources=[opened.path], replace=replace) as staging:
@@ -187,7 +191,9 @@ def _prepare(
         sides["config.json"] = _mended(opened, wish, sides.get("config.json"))
     metadata = {"format": "pt"}
     files = new_files(((t.name, t.dtype, t.shape) for t in prepared.targets.values()), max_bytes, metadata)
-    why_not = "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
+    why_not = (
+        "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
+    )
     return _Job(
         prepared=prepared,
         files=files,
@@ -302,10 +308,17 @@ def _mended(opened: Checkpoint, wish: Wish, config: bytes | None) -> bytes:
         for path, module in opened.modules.items()
     }
     if len(kept) != 1:
-        raise UsageError("as many experts in every module, since the config has one number", f"{sorted(kept)}")
+        raise UsageError(
+            "as many experts in every module, since the config has one number", f"{sorted(kept)}"
+        )
     body = json.loads(config)
     (count,) = kept
-    changed = [path for line in opened.family.sizes if line.key == "e" for path in _set_sizes(body, line.terms, count)]
+    changed = [
+        path
+        for line in opened.family.sizes
+        if line.key == "e"
+        for path in _set_sizes(body, line.terms, count)
+    ]
     if not changed:
         raise ConfigError("the number of experts in config.json", "none", path=opened.path)
     for part in _parts(body):

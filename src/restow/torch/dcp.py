@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -33,12 +32,19 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from restow import writing
 from restow.boxes import overlap
-from restow.errors import CoverageError, MissingTensorError, RestowError, UnexpectedTensorError, UsageError, show
+from restow.errors import (
+    CoverageError,
+    MissingTensorError,
+    RestowError,
+    UnexpectedTensorError,
+    UsageError,
+    show,
+)
 from restow.family import Family
 from restow.landing import Wish
 from restow.layout import Layout
@@ -94,7 +100,9 @@ class Reader(StorageReader):
         table = {target.name: _whole(target) for target in targets}
         return Metadata(state_dict_metadata=table)  # type: ignore[arg-type]
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing to set up: what is known is known from the headers."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -124,7 +132,9 @@ class Reader(StorageReader):
                 tensors[name] = into
             made = plan_of(self._prepared, chosen)
             if made.missing:
-                raise MissingTensorError("every tensor asked for in the source", f"none for {show(made.missing[0])}")
+                raise MissingTensorError(
+                    "every tensor asked for in the source", f"none for {show(made.missing[0])}"
+                )
             source = self._prepared.source
             run_plan(made, tensors, root=source.path, stamps=source.stamps, threads=self._threads)
             for item in items:
@@ -219,7 +229,11 @@ class Writer(StorageWriter):
         size = sum(file.size for file in outline.files) + sum(map(len, outline.side.values()))
         sources = [outline.like] if outline.like else []
         staging = Staging(
-            self.path, size=size, count=len(outline.files) + len(outline.side) + 1, sources=sources, replace=self._replace
+            self.path,
+            size=size,
+            count=len(outline.files) + len(outline.side) + 1,
+            sources=sources,
+            replace=self._replace,
         )
         try:
             self._staging = self._open.enter_context(staging)
@@ -367,7 +381,9 @@ def _cover(outline: Outline, prepared: Prepared, items: Sequence[WriteItem]) -> 
         shape = prepared.targets[name].shape
         volume = sum(torch.Size([n for _, n in part]).numel() for part in parts)
         if volume != torch.Size(shape).numel() or overlap(parts) is not None:
-            raise CoverageError(f"every element of {show(name)} in one chunk", f"{volume} of {torch.Size(shape).numel()}")
+            raise CoverageError(
+                f"every element of {show(name)} in one chunk", f"{volume} of {torch.Size(shape).numel()}"
+            )
     filled = outline.filled(set(boxes), prepared)
     lost = [name for name in outline.checkpoint.tensors if name not in filled]
     if lost:

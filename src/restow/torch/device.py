@@ -20,6 +20,7 @@ import torch
 from restow.plans import Copy, Plan
 from restow.reads import spans
 from restow.torch.dtypes import torch_dtype
+from restow.torch.raw import raw
 from restow.torch.read import Booked, Files, Landing, Progress, compared, landing_of, tile_axis
 
 SLOTS = 4
@@ -139,7 +140,7 @@ def _pump(
     total = plan.bytes
     read, written = 0, dict[int, int]()
     host = [torch.empty(SLOT, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
-    views = [memoryview(slot.numpy()) for slot in host]
+    views = [raw(slot) for slot in host]
     there = [torch.empty(SLOT, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
     sent, moved = torch.cuda.Stream(device), torch.cuda.Stream(device)
     moved.wait_stream(torch.cuda.current_stream(device))

@@ -28,7 +28,8 @@ def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors name. Raises `DtypeMismatchError` where torch has none."""
     if name not in TORCH:
         raise DtypeMismatchError("a dtype that this torch has", name)
-    return TORCH[name]
+    found: torch.dtype = TORCH[name]
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

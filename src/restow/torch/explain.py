@@ -50,7 +50,9 @@ def explain(
         places: dict[str, Leaf] = {}
         for leaf, (digest, _) in theirs.items():
             places.setdefault(digest, leaf)
-        order = _text_order({leaf[1]: places[digest][1] for leaf, (digest, _) in ours.items() if digest in places})
+        order = _text_order(
+            {leaf[1]: places[digest][1] for leaf, (digest, _) in ours.items() if digest in places}
+        )
         for i in by_module[path]:
             mine = found[i].leaf
             if mine is not None and mine in ours:
@@ -96,7 +98,9 @@ def _kinds(first: Checkpoint, there: str, second: Checkpoint, here: str) -> dict
     """
     found: dict[str, str] = {}
     for role in ("in", "out"):
-        sides = [(one, one.modules[path].tensors.get(role, ())) for one, path in ((first, there), (second, here))]
+        sides = [
+            (one, one.modules[path].tensors.get(role, ())) for one, path in ((first, there), (second, here))
+        ]
         if all(names and all(names) for _, names in sides):
             dtypes = {one.tensors[name].dtype for one, names in sides for name in names if name is not None}
             found[role] = min(sorted(dtypes), key=lambda dtype: torch_dtype(dtype).itemsize)
@@ -117,7 +121,9 @@ def _digests(
     wish = Wish(layout=layout)
     targets = [t for t in default_targets(one, layout, wish) if ".leaf." in t.name]
     ready = prepare(one, targets, wish)
-    ready = replace(ready, targets={t.name: t._replace(dtype=kinds[ready.owners[t.name][1]]) for t in targets})
+    ready = replace(
+        ready, targets={t.name: t._replace(dtype=kinds[ready.owners[t.name][1]]) for t in targets}
+    )
     places = {name: (role, name_index(layout.row(role), place, module.sizes))
               for name, (_, role, place) in ready.owners.items()}  # fmt: skip
     found: dict[Leaf, tuple[str, str]] = {}

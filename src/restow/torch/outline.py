@@ -147,7 +147,9 @@ def new_outline(
     if family is not None and table is not None:
         sizes.update(family.read_sizes(table))
     shapes = {name: target.shape for name, target in union.items()}
-    found = find_modules(shapes, candidates_of(family, None), sizes, claimed=lambda name: True, what="the state")
+    found = find_modules(
+        shapes, candidates_of(family, None), sizes, claimed=lambda name: True, what="the state"
+    )
     if found.errors:
         raise merged(found.errors)
     to = layout_of(layout or "hf", family)
@@ -155,7 +157,9 @@ def new_outline(
     back = _backwards(rename)
     routers = RouterRows(family)
     specs: list[tuple[str, str, tuple[int, ...]]] = []
-    owner = {name: path for path, m in found.modules.items() for names in m.tensors.values() for name in names}
+    owner = {
+        name: path for path, m in found.modules.items() for names in m.tensors.values() for name in names
+    }
     done: set[str] = set()
     for name, target in union.items():
         path = owner.get(name)
@@ -170,7 +174,9 @@ def new_outline(
     side = {INDEX: index_text(files)} if len(files) > 1 else {}
     if config is not None:
         side["config.json"] = config
-    checkpoint = survey(entries_of(files), family=family, layout=None if family else to, config=table, path=".")
+    checkpoint = survey(
+        entries_of(files), family=family, layout=None if family else to, config=table, path="."
+    )
     raise_fatal(checkpoint)
     return Outline(files, side, checkpoint)
 

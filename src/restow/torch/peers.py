@@ -1,7 +1,8 @@
-"""The other ranks of a save: what they hold, how far they are, whether they live. On a store, never in a collective.
+"""The other ranks of a save: what they say, how far they are, whether they live. On a store, never in a collective.
 
-Every rank beats on a key of its own; whoever waits for a rank watches its beat. A rank that failed leaves its error, one
-that died stops beating: both end the waiting of all others within seconds. One process alone is the same with no store.
+Every rank beats on a key of its own and watches its neighbour's beat; who waits for a rank watches that one too. A rank
+that failed leaves its error for all, and whoever finds one dead leaves that: all others raise within seconds, also while
+they write. A rank that has not come yet is given longer. One process alone is the same with no store.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -20,28 +22,35 @@ from restow.errors import PeerFailedError, PeerTimeoutError, RestowError, UsageE
 
 BEAT = 0.5  # seconds between two beats
 SILENCE = 6.0  # seconds without a beat after which a rank counts as gone
-POLL = 0.02
+LATE = 300.0  # seconds that a rank may come after the others
+LINGER = 3.0  # seconds that the store's host stays for the others to hear how it ended
+POLL = 0.01, 0.25  # seconds between two looks, growing
+INTACT = "nothing was published; the old checkpoint is as it was"
 
 
 class Peers:
     """The ranks of `group`, seen from this one. `rank` and `size` count inside the group; rank 0 publishes."""
 
     def __init__(self, group: dist.ProcessGroup | None, *, alone: bool) -> None:
+        self._store: dist.Store | None = None
+        self.rank, self.size = 0, 1
         if alone or not dist.is_initialized():
-            self.rank, self.size, self._store = 0, 1, None
             return
         chosen = group if group is not None else dist.group.WORLD
         self.rank, self.size = dist.get_rank(chosen), dist.get_world_size(chosen)
         if self.rank < 0:
             raise UsageError("a rank of the group", "a process outside it")
-        self._store: dist.Store | None = None
         if self.size == 1:
             return
+        self._host = dist.get_rank() == 0  # the store lies with it, or with the agent that started all
         whole = dist.distributed_c10d._get_default_store()
         name = f"restow/{getattr(chosen, 'group_name', 'world')}"
         # Ranks that call in the same order count alike, so the count names the attempt without a word between them.
         attempt = whole.add(f"{name}/{self.rank}", 1)
+        self._group = dist.PrefixStore(name, whole)
         self._store = dist.PrefixStore(f"{name}/{attempt}", whole)
+        self._looked = 0.0
+        self._beats: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -49,16 +58,21 @@ class Peers:
         if self._store is None:
             yield
             return
-        self._store.set(f"host/{self.rank}", json.dumps([socket.gethostname(), os.getpid()]))
+        self._group.set(
+            f"process/{self.rank}", json.dumps([socket.gethostname(), process_space(), os.getpid()])
+        )
+        self._store.add(f"beat/{self.rank}", 1)
         stop = threading.Event()
         beat = threading.Thread(target=self._beat, args=(stop,), daemon=True)
         beat.start()
         try:
             yield
         except BaseException as error:
-            self._tell(error)
+            self._tell(self.rank, error)
             raise
         finally:
+            with suppress(Exception):
+                self._leave()
             stop.set()
             beat.join()
 
@@ -70,14 +84,22 @@ class Peers:
             except Exception:
                 return  # the store went with its host: whoever waits says so
 
-    def _tell(self, error: BaseException) -> None:
+    def _leave(self) -> None:
+        """Where the store goes with this process, let the others hear first."""
+        assert self._store is not None
+        left, until = self._store.add("left", 1), time.monotonic() + LINGER
+        while self._host and left < self.size and time.monotonic() < until:
+            time.sleep(POLL[0])
+            left = self._store.add("left", 0)
+
+    def _tell(self, rank: int, error: BaseException) -> None:
+        """Leave an error for all: this rank's own, or what it found of another."""
         assert self._store is not None
         kind = type(error).__name__
         text = str(error) if isinstance(error, RestowError) else f"{kind}: {error}"
-        try:
-            self._store.set(f"failed/{self.rank}", json.dumps([kind, text]))
-        except Exception:
-            return
+        with suppress(Exception):
+            if not self._store.check(["failed"]):
+                self._store.set("failed", json.dumps([rank, kind, text]))
 
     def say(self, key: str, text: str) -> None:
         """Leave a text under `key` for the others, in this rank's name."""
@@ -90,24 +112,16 @@ class Peers:
         Raises `PeerFailedError` for a rank that failed or died, `PeerTimeoutError` for one that does not answer.
         """
         assert self._store is not None
-        name, since, last = f"{key}/{rank}", time.monotonic(), -1
+        name, pause = f"{key}/{rank}", POLL[0]
         while True:
             try:
                 if self._store.check([name]):
                     return self._store.get(name).decode()
-                self._watch(key)
-                beat = self._store.add(f"beat/{rank}", 0)
-            except RestowError:
-                raise
             except Exception as error:
-                raise PeerFailedError(
-                    f"rank 0, which keeps the store, to live until '{key}'", f"{error}", rank=self.rank
-                ) from error
-            if beat != last:
-                last, since = beat, time.monotonic()
-            if self._gone(rank) or time.monotonic() - since > SILENCE:
-                self._lost(rank, key)
-            time.sleep(POLL)
+                raise self._no_store(key, error) from error
+            self.watch(key, rank)
+            time.sleep(pause)
+            pause = min(2 * pause, POLL[1])
 
     def hear_all(self, key: str, mine: str) -> list[str]:
         """Leave `mine` under `key` and hear everybody's, in the order of ranks."""
@@ -116,52 +130,110 @@ class Peers:
         self.say(key, mine)
         return [mine if rank == self.rank else self.hear(key, rank) for rank in range(self.size)]
 
-    def _watch(self, key: str) -> None:
-        """Raise if any rank has failed: nobody waits for one rank while another has given up."""
-        assert self._store is not None
-        for rank in range(self.size):
-            if rank != self.rank and self._store.check([f"failed/{rank}"]):
-                kind, text = json.loads(self._store.get(f"failed/{rank}"))
-                raise PeerFailedError(
-                    f"rank {rank} to reach '{key}'",
-                    f"{kind} there",
-                    rank=self.rank,
-                    sections=[("rank " + str(rank), text.splitlines())],
-                )
-
-    def _gone(self, rank: int) -> bool:
-        """Whether a rank's process on this very host is no more."""
-        assert self._store is not None
-        if not self._store.check([f"host/{rank}"]):
-            return False
-        host, pid = json.loads(self._store.get(f"host/{rank}"))
-        if host != socket.gethostname():
-            return False
+    def watch(self, key: str, rank: int | None = None) -> None:
+        """Raise if a rank has failed, or if the neighbour or `rank` no longer lives. Cheap enough to call often."""
+        if self._store is None:
+            return
+        now = time.monotonic()
         try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return _zombie(pid)
+            if self._store.check(["failed"]):
+                self._raise_failed(key)
+            if now - self._looked < BEAT:
+                return
+            self._looked = now
+            for other in {(self.rank + 1) % self.size, self.rank if rank is None else rank} - {self.rank}:
+                self._look(other, key, now)
+        except RestowError:
+            raise
+        except Exception as error:
+            raise self._no_store(key, error) from error
 
-    def _lost(self, rank: int, key: str) -> None:
+    def _raise_failed(self, key: str) -> None:
         assert self._store is not None
-        host = json.loads(self._store.get(f"host/{rank}"))[0] if self._store.check([f"host/{rank}"]) else "?"
-        if self._gone(rank):
-            raise PeerFailedError(
-                f"rank {rank} on {host} to reach '{key}'", "its process gone", rank=self.rank,
-                hint="nothing was published; the old checkpoint is as it was",
+        rank, kind, text = json.loads(self._store.get("failed"))
+        if rank == self.rank:
+            return
+        if kind == PeerTimeoutError.__name__:
+            raise PeerTimeoutError(
+                f"rank {rank} to reach '{key}'", "no sign of it", rank=self.rank,
+                sections=[(f"rank {rank}", text.splitlines())],
             )  # fmt: skip
-        raise PeerTimeoutError(
-            f"a sign of rank {rank} on {host} before '{key}'", f"none for {SILENCE:g} s", rank=self.rank,
-            hint="nothing was published; the old checkpoint is as it was",
+        raise PeerFailedError(
+            f"rank {rank} to reach '{key}'", f"{kind} there", rank=self.rank,
+            sections=[(f"rank {rank}", text.splitlines())], hint=INTACT,
+        )  # fmt: skip
+
+    def _look(self, rank: int, key: str, now: float) -> None:
+        assert self._store is not None
+        beat = self._store.add(f"beat/{rank}", 0)
+        last, since = self._beats.get(rank, (-1, now))
+        if beat != last:
+            since = now
+        self._beats[rank] = beat, since
+        process = self._process(rank)
+        where = f"rank {rank} on {process[0]}" if process else f"rank {rank}"
+        error: RestowError | None = None
+        if process and _gone(*process[1:]):
+            error = PeerFailedError(
+                f"{where} to reach '{key}'", "its process gone", rank=self.rank, hint=INTACT
+            )
+        elif beat and now - since > SILENCE:
+            found = f"none for {SILENCE:g} s"
+            error = PeerTimeoutError(f"a sign of {where} before '{key}'", found, rank=self.rank, hint=INTACT)
+        elif not beat and now - since > LATE:
+            hint = f"every rank of the group must call save; {INTACT}"
+            error = PeerTimeoutError(
+                f"{where} to come", f"it has not in {LATE:g} s", rank=self.rank, hint=hint
+            )
+        if error is not None:
+            self._tell(rank, error)
+            raise error
+
+    def _process(self, rank: int) -> tuple[str, str, int] | None:
+        """Host, process space and number of a rank, as it left them in this save or an earlier one."""
+        if not self._group.check([f"process/{rank}"]):
+            return None
+        host, space, number = json.loads(self._group.get(f"process/{rank}"))
+        return host, space, number
+
+    def _no_store(self, key: str, error: Exception) -> PeerFailedError:
+        return PeerFailedError(
+            f"the store, which lives with rank 0, to answer until '{key}'", f"{type(error).__name__}: {error}",
+            rank=self.rank, hint="rank 0 has most likely ended: its own output says why",
         )  # fmt: skip
 
 
-def _zombie(pid: int) -> bool:
+def process_space() -> str:
+    """The machine and the space in which process numbers mean something: containers have their own."""
+    return f"{machine()} {_read_link('/proc/self/ns/pid')}"
+
+
+def machine() -> str:
+    """What runs this process, as long as it is not started anew: names of hosts repeat, this does not."""
     try:
-        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
-            return file.read().rpartition(")")[2].split()[0] == "Z"
+        return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _read_link(path: str) -> str:
+    try:
+        return str(Path(path).readlink())
+    except OSError:
+        return ""
+
+
+def _gone(space: str, number: int) -> bool:
+    """Whether a process that shares our process numbers is no more."""
+    if space != process_space():
+        return False
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return False

@@ -209,7 +209,9 @@ def _save(
         digests = peers.hear_all("agrees", outline.digest())
         if len(set(digests)) != 1:
             odd = next(rank for rank, text in enumerate(digests) if text != digests[0])
-            raise IntegrityError("the same files planned on every rank", f"others on rank {odd}", rank=peers.rank)
+            raise IntegrityError(
+                "the same files planned on every rank", f"others on rank {odd}", rank=peers.rank
+            )
         if peers.rank == 0:
             return _lead(outline, plan, slots, peers, path, replace, words.page, threads, progress, started)
         return _follow(outline, plan, slots, peers, path, threads, started)
@@ -247,7 +249,9 @@ def _outline(slots: Mapping[str, Slot], everybody: Sequence[Any], words: _Words)
             union.setdefault(name, Target(name, tuple(shape), dtype, tuple(((0, n),) for n in shape)))
     parts = [tuple(rank["shard"]) for rank in everybody if rank["shard"]]
     name = dtype_name(words.dtype) if words.dtype is not None else None
-    return new_outline(union, words.layout, words.family, words.rename, parts, name, words.limit, _config(words.state))
+    return new_outline(
+        union, words.layout, words.family, words.rename, parts, name, words.limit, _config(words.state)
+    )
 
 
 def _config(state: Into) -> bytes | None:
@@ -304,7 +308,9 @@ def _cover(outline: Outline, everybody: Sequence[Any], prepared: Prepared) -> No
         if volume != prod(shape) or overlap(boxes) is not None:
             raise CoverageError(
                 f"every element of {show(name)} on some rank, once",
-                f"{volume} of {prod(shape)} held" if volume != prod(shape) else "two ranks with overlapping parts",
+                f"{volume} of {prod(shape)} held"
+                if volume != prod(shape)
+                else "two ranks with overlapping parts",
                 tensor=name,
                 sections=[("tensor", [show(name)])],
                 hint="ranks that hold the same part must hold exactly the same",

@@ -7,22 +7,17 @@ and where the values are found in another place, the report says where.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
-import xxhash
 
-from restow import manifest
 from restow.boxes import held
 from restow.checkpoint import Checkpoint
-from restow.errors import RestowError, UsageError, show
+from restow.errors import UsageError, show
 from restow.find import Module
 from restow.landing import Wish, pair_modules
 from restow.layout import name_of
@@ -33,76 +28,13 @@ from restow.planning import Prepared, pair_others
 from restow.problems import merged
 from restow.quantized import refuse_decoding
 from restow.targets import Target, whole_target
-from restow.torch.chunks import CHUNK, Filled, Slice, fill, grouped, raw, room, slices
+from restow.torch.chunks import CHUNK, Filled, Slice, fill, grouped, room
 from restow.torch.dtypes import torch_dtype, wider
 from restow.torch.explain import explain
 from restow.torch.leaves import leaves_of, name_index
 from restow.torch.read import Progress
 
-SEED = 20261123
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One tensor, or one leaf of the experts, that is not the same on both sides.
-
-    `kind` is "values", "missing", "extra", "shape", "dtype" or "digest"; `name` is the second checkpoint's name (or the
-    only one's); `count` of `total` elements differ, the first at `index` with `values`; `why` is what explains it.
-    """
-
-    kind: str
-    name: str
-    leaf: tuple[str, int, int] | None = None  # role, expert, projection
-    count: int = 0
-    total: int = 0
-    index: tuple[int, ...] = ()
-    values: tuple[float, ...] = ()
-    max_abs: float = 0.0
-    why: str = ""
-    labels: tuple[str, ...] = ("gate", "up")
-
-    def __str__(self) -> str:
-        text = f"{self.kind:<8}{show(self.name)}"
-        if self.leaf is not None:
-            role, e, p = self.leaf
-            word = "down" if role.startswith("out") else self.labels[p] if p < len(self.labels) else str(p)
-            text += f" (expert {e}, {word})"
-        if self.count:
-            pair = " and ".join(f"{value:g}" for value in self.values)
-            text += f": {self.count:,} of {self.total:,} elements, first at {list(self.index)}: {pair}, "
-            text += f"at most {self.max_abs:g} apart"
-        return text + (f"; {self.why}" if self.why else "")
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What was compared and what differs. `equal` is True only if nothing differs in value, name or shape.
-
-    `notes` are differences that change no value (dtypes that hold the same numbers); `tensors` counts the tensors that
-    were compared, `bytes_read` the bytes of both sides.
-    """
-
-    equal: bool
-    differences: tuple[Difference, ...]
-    tensors: int
-    bytes_read: int
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
-    sampled: str
-    seconds: float
-
-    def __str__(self) -> str:
-        rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
-        verdict = "equal" if self.equal else f"{len(self.differences)} differences"
-        head = f"{verdict}: {self.tensors:,} tensors, {self.bytes_read:,} bytes read, {self.seconds:.1f} s"
-        lines = [f"{head} ({rate:.1f} GB/s){self.sampled}"]
-        lines += [f"  {difference}" for difference in self.differences[:20]]
-        if len(self.differences) > 20:
-            lines.append(f"  ... {len(self.differences) - 20} more")
-        lines += [f"  note: {note}" for note in self.notes[:20]]
-        lines += [f"  warning: {text}" for text in self.warnings]
-        return "\n".join(lines)
 
 
 def verify(
@@ -128,14 +60,14 @@ def verify(
     check_rename(rename)
     first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
     if b is None:
-        return _alone(first, sample, threads, progress, strict, started)
+        return judge_alone(first, sample, threads, progress, strict, started)
     second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
     first, second = _one_family(first, second)
     warnings = [str(problem.error) for side in (first, second) for problem in side.problems]
     if strict and warnings:
         raise merged([problem.error for side in (first, second) for problem in side.problems])
     sides = _pair(first, second, rename, experts_only)
-    read, compared, found, notes = _compare(sides, _chosen(second, sides.targets, sample), threads, progress)
+    read, compared, found, notes = _compare(sides, chosen(second, sides.targets, sample), threads, progress)
     found = [*sides.differences, *explain(found, first, second, sides.prepared, threads)]
     return VerifyReport(
         equal=not found,
@@ -144,13 +76,9 @@ def verify(
         bytes_read=read,
         notes=tuple(notes),
         warnings=tuple(warnings),
-        sampled=_sampled(sample),
+        sampled=sampled(sample),
         seconds=time.perf_counter() - started,
     )
-
-
-def _sampled(sample: float | None) -> str:
-    return "" if sample is None else f", a sample of {sample:.1%} (seed {SEED})"
 
 
 def _one_family(first: Checkpoint, second: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
@@ -271,31 +199,6 @@ def _common(a: str, b: str) -> str | None:
     return a if a == b else wider((a, b)) if a in FLOATS and b in FLOATS else None
 
 
-def _chosen(second: Checkpoint, targets: Mapping[str, Target], sample: float | None) -> Iterator[Slice]:
-    if sample is None:
-        for target in targets.values():
-            if all(target.shape):
-                yield from slices(target, CHUNK // 2)
-        return
-    every = [part for target in targets.values() if all(target.shape) for part in _leaf_slices(second, target)]
-    count = max(1, round(sample * len(every)))
-    picked = sorted(random.Random(SEED).sample(range(len(every)), min(count, len(every))))
-    for i in picked:
-        yield from [every[i]] if room(every[i].target) <= CHUNK else slices(every[i].target, CHUNK // 2)
-
-
-def _leaf_slices(second: Checkpoint, target: Target) -> Iterator[Slice]:
-    """One slice an expert where experts are stacked first, else the whole tensor."""
-    owner = second.expert_tensors.get(target.name)
-    row = second.modules[owner[0]].layout.row(owner[1]) if owner else None
-    if row is None or not row.dims or str(row.dims[0]) != "e":
-        yield Slice(target, 0)
-        return
-    rest = tuple(((0, n),) for n in target.shape[1:])
-    for e in range(target.shape[0]):
-        yield Slice(target._replace(runs=(((e, 1),), *rest)), 0)
-
-
 def _compare(
     sides: _Sides, parts: Iterator[Slice], threads: int | None, progress: Progress | None
 ) -> tuple[int, int, list[Difference], list[str]]:
@@ -393,81 +296,3 @@ def _apart(left: torch.Tensor, right: torch.Tensor) -> float:
         apart = (one - other).abs().masked_fill_(_bits(one) == _bits(other), 0.0)
         biggest = max(biggest, float(apart.nan_to_num_(nan=float("inf"), posinf=float("inf")).max()))
     return biggest
-
-
-def _alone(
-    checkpoint: Checkpoint,
-    sample: float | None,
-    threads: int | None,
-    progress: Progress | None,
-    strict: bool,
-    started: float,
-) -> VerifyReport:
-    """One checkpoint against its manifest, its headers and what numbers may be."""
-    known = checkpoint.family is not None  # what only a family could settle does not make a file unreadable
-    fatal = [p.error for p in checkpoint.problems if p.fatal and known]
-    if fatal:
-        raise merged(fatal)
-    folder = Path(checkpoint.path) if checkpoint.path and Path(checkpoint.path).is_dir() else None
-    record = manifest.read(folder) if folder else None
-    digests = record.get("tensors") if record and sample is None else None
-    found: list[Difference] = []
-    if folder and record:
-        found += _files(folder, record)
-    if isinstance(digests, dict):
-        names = set(digests) ^ set(checkpoint.tensors)
-        found += [Difference("missing" if n in digests else "extra", n, why="by the manifest") for n in sorted(names)]
-    targets = {n: whole_target(n, e.shape, e.dtype) for n, e in checkpoint.tensors.items()}
-    own = Prepared(checkpoint, targets, Wish(), {}, {}, {}, {name: name for name in targets})
-    hashes: dict[str, xxhash.xxh3_128] = {}
-    odd: dict[str, int] = {}
-    read, total = 0, sum(room(target) for target in targets.values())
-    buffer = torch.empty(CHUNK, dtype=torch.uint8)
-    for group in grouped(_chosen(checkpoint, targets, sample), CHUNK):
-        need = sum(room(part.target) for part in group)
-        buffer = buffer if buffer.numel() >= need else torch.empty(need, dtype=torch.uint8)
-        filled, got = fill(own, group, buffer, threads=threads)
-        read += got
-        for one in filled:
-            name = one.slice.target.name
-            if one.tensor.is_floating_point() and one.slice.target.dtype in FLOATS[:4]:
-                bad = one.tensor.numel() - int(torch.isfinite(one.tensor).sum())
-                odd[name] = odd.get(name, 0) + bad
-            if isinstance(digests, dict):
-                hashes.setdefault(name, xxhash.xxh3_128()).update(raw(one.tensor))
-        if progress is not None:
-            progress(min(read, total), total)
-    if isinstance(digests, dict):
-        wrong = [n for n, h in hashes.items() if digests.get(n, h.hexdigest()) != h.hexdigest()]
-        found += [Difference("digest", n, why="other bytes than its manifest recorded") for n in wrong]
-    warnings = [f"{show(name)} holds {count} values that are NaN or infinite" for name, count in odd.items() if count]
-    warnings += [str(p.error) for p in checkpoint.problems]
-    if strict and warnings:
-        raise RestowError("a checkpoint without anything odd", warnings[0], path=checkpoint.path)
-    checked = "" if isinstance(digests, dict) else "; no manifest: headers, cover and finiteness were checked"
-    return VerifyReport(
-        equal=not found,
-        differences=tuple(found),
-        tensors=len(targets),
-        bytes_read=read,
-        notes=(),
-        warnings=tuple(warnings),
-        sampled=_sampled(sample) + checked,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _files(folder: Path, record: Mapping[str, object]) -> Iterator[Difference]:
-    """The files that a manifest lists against those that are there: by size, and by digest where it has one."""
-    files = record["files"]
-    assert isinstance(files, dict)
-    for name, entry in files.items():
-        path = folder / name
-        facts = entry if isinstance(entry, dict) else {}
-        if not path.is_file():
-            yield Difference("missing", name, why="by the manifest")
-        elif path.stat().st_size != facts.get("size"):
-            why = f"{facts.get('size')} bytes by the manifest, {path.stat().st_size} here"
-            yield Difference("digest", name, why=why)
-        elif "sha256" in facts and hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
-            yield Difference("digest", name, why="other bytes than its manifest recorded")

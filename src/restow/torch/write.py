@@ -18,6 +18,7 @@ import torch
 from restow.errors import CoverageError
 from restow.plans import Copy, Plan
 from restow.torch.dtypes import torch_dtype
+from restow.torch.raw import raw
 from restow.torch.read import contiguous_from, default_threads
 from restow.torch.tiles import move
 
@@ -29,7 +30,7 @@ Write = Callable[[str, int, memoryview], int]  # file, offset, bytes -> bytes wr
 class _Job(NamedTuple):
     copy: Copy
     first: int
-    count: int
+    length: int
 
 
 def write_plan(
@@ -107,9 +108,11 @@ def _run(
     part, pattern = plan.parts[copy.source], plan.patterns[copy.pattern]
     local = tensors[plan.targets[copy.target].name]
     dtype = torch_dtype(part.dtype)
-    sizes = (job.count, *pattern.sizes[1:]) if pattern.sizes else ()
+    sizes = (job.length, *pattern.sizes[1:]) if pattern.sizes else ()
     strides = tuple(step * local.stride(dim) for dim, step in pattern.target)
-    offset = local.storage_offset() + _dot(copy.start, local.stride()) + (job.first * strides[0] if strides else 0)
+    offset = (
+        local.storage_offset() + _dot(copy.start, local.stride()) + (job.first * strides[0] if strides else 0)
+    )
     at = part.begin + dtype.itemsize * (copy.at + (job.first * pattern.source[0] if pattern.sizes else 0))
     view = local.as_strided(sizes, strides, offset)
     if local.dtype != dtype or local.device.type != "cpu" or contiguous_from(sizes, strides) > 0:
@@ -120,7 +123,7 @@ def _run(
         move(tile, view)
     else:
         tile = view
-    data = memoryview(tile.reshape(-1).view(torch.uint8).numpy())
+    data = raw(tile)
     run = _packed_from(sizes, pattern.source)
     block = dtype.itemsize * prod(sizes[run:])
     written = 0
