@@ -19,7 +19,8 @@ def machine() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     cpu = models[0] if models else platform.processor() or platform.machine()
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, {versions}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -28,8 +29,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     wide = [max(len(row[i]) for row in cells) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
-        first = row[0].ljust(wide[0])
-        return "| " + " | ".join([first, *(c.rjust(w) for c, w in zip(row[1:], wide[1:], strict=True))]) + " |"
+        rest = (cell.rjust(w) for cell, w in zip(row[1:], wide[1:], strict=True))
+        return "| " + " | ".join([row[0].ljust(wide[0]), *rest]) + " |"
 
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(wide)) + "|"
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
@@ -56,7 +57,9 @@ def status(key: str) -> int:
 def child(script: str, *arguments: object, env: Mapping[str, str] | None = None) -> dict[str, object]:
     """Run `python script arguments` and give back the JSON object on the last line that it prints."""
     command = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stdout}{done.stderr}")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -67,7 +70,9 @@ def child(script: str, *arguments: object, env: Mapping[str, str] | None = None)
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
-def sparse_checkpoint(folder: Path, tensors: Sequence[Tensor], shards: int, config: Mapping[str, object]) -> int:
+def sparse_checkpoint(
+    folder: Path, tensors: Sequence[Tensor], shards: int, config: Mapping[str, object]
+) -> int:
     """A checkpoint of true headers and an index over files that are one hole; the bytes that it claims to hold."""
     from math import prod
 

@@ -184,10 +184,10 @@ def main() -> int:
     extra = (torch.cuda.max_memory_allocated() - before) >> 20
     check(state, words.layers)
     assert report.bytes_read == total
-    for count in (4, 8, threads):
+    for count in (4, 6, 8, 12, threads):
         seconds = timed(lambda n=count: restow.load(opened, state, threads=n), words.repeats)
         rows.append((f"restow.load, split -> packed grouped, {count} threads", total / seconds / 1e9))
-    best = rows[-1][1]
+    best = max(rate for _, rate in rows)
     limits = host_limits(threads)
     limits[f"page cache to pinned memory, {threads} threads"] = cache_to_pinned(folder, threads)
     rows += list(limits.items())
@@ -199,10 +199,6 @@ def main() -> int:
         rows.append(("safetensors load_file(device='cuda')", total / seconds / 1e9))
         seconds = timed(lambda: dcp_load(folder, state, 4), 1)
         rows.append(("torch DCP reader into strided views, 4 threads", total / seconds / 1e9))
-    src = dict(state)
-    split = restow.relayout(src, src="grouped", dst="split", family="qwen3_moe")
-    packed = {name: tensor.contiguous() for name, tensor in list(split.items())[: 3 * E]}
-    del packed
     name = torch.cuda.get_device_name()
     text = [f"{name}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
             f"{total / 1e9:.2f} GB in {words.layers} files, page cache warm, {default_threads()} default threads",

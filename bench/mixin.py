@@ -2,12 +2,13 @@
 
 usage: python bench/mixin.py [E D F]
 
-One layer's experts (E=128, D=2048, F=768, bf16, CPU) as tensors per expert become grouped tensors: restow's class,
-the installed nemo-automodel's, and two floors on the same bytes. Both floors make zeroed memory, since new memory has
-to be made by the system on first touch; then one fills it as `restow.load` fills a model from tensors per expert
-(the packed load's own copy: transposed), the other with one straight copy of bytes that lie right already. The ways
-take turns, so that a noisy neighbour hits them all, and every turn pays for its own new memory. Memory is the peak
-of the process above where it stood when the call began, each way in a process of its own.
+One layer's experts (E=128, D=2048, F=768, bf16, CPU) as tensors per expert become grouped tensors: restow's
+class, the installed nemo-automodel's, and two floors on the same bytes. Both floors make zeroed memory, since
+new memory has to be made by the system on first touch; then one fills it as `restow.load` fills a model from
+tensors per expert (the packed load's own copy: transposed), the other with one straight copy of bytes that
+lie right already. The ways take turns, so that a noisy neighbour hits them all, and every turn pays for its
+own new memory. Memory is the peak of the process above where it stood when the call began, each way in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _common import child, machine, status, table, verdicts
 
 import restow
+from _common import child, machine, status, table, verdicts
 from restow.state_dict_mixin import MoESplitExpertsStateDictMixin
 
 SECONDS, TURNS = 60.0, 41
@@ -110,7 +111,9 @@ def timed(e: int, d: int, f: int) -> dict[str, list[float]]:
 
 
 def peak(which: str, e: int, d: int, f: int) -> int:
-    """Bytes by which one call raises the process's peak above its input; the input is the call's to consume."""
+    """Bytes by which one call raises the process's peak above its input; the input is the call's to
+    consume.
+    """
     small, way = state(2, 64, 32), ways(e, d, f)[which]
     host(MoESplitExpertsStateDictMixin, 2, 32)._from_hf_w_merged_experts(dict(small))  # threads, kernels
     given = state(e, d, f)
@@ -131,9 +134,15 @@ def main() -> int:
     best = {name: statistics.median(times) for name, times in seconds.items()}
     size = 3 * e * d * f * 2
     env = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system, and is not counted
-    peaks = {name: int(str(child(__file__, "--peak", name, e, d, f, env=env)["bytes"])) for name in ("restow", "nemo")}
+    peaks = {
+        name: int(str(child(__file__, "--peak", name, e, d, f, env=env)["bytes"]))
+        for name in ("restow", "nemo")
+    }
     print(machine())
-    print(f"E={e} d={d} f={f} bf16: {size / 1e6:.0f} MB, {len(seconds['restow'])} turns, {torch.get_num_threads()} threads\n")
+    print(
+        f"E={e} d={d} f={f} bf16: {size / 1e6:.0f} MB, {len(seconds['restow'])} turns, "
+        f"{torch.get_num_threads()} threads\n"
+    )
     rows = [
         (name, f"{best[name] * 1e3:.0f}", f"{min(seconds[name]) * 1e3:.0f}", f"{size / best[name] / 1e9:.2f}",
          f"{peaks[name] / 1e6:.0f}" if name in peaks else "")
@@ -147,7 +156,9 @@ def main() -> int:
         ("restow, largest grouped tensors above the input", peaks["restow"] / largest, "<=", 1.05),
     ])  # fmt: skip
     print("\n" + "\n".join(lines))
-    print(f"      restow, times zeroed memory and a straight copy: {best['restow'] / best['zero + copy']:.3g}")
+    print(
+        f"      restow, times zeroed memory and a straight copy: {best['restow'] / best['zero + copy']:.3g}"
+    )
     return 0 if good else 1
 
 

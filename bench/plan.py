@@ -25,9 +25,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from _common import Tensor, child, machine, sparse_checkpoint, status, table, verdicts
-
 import restow
+from _common import Tensor, child, machine, sparse_checkpoint, status, table, verdicts
 from restow.landing import Wish
 from restow.planning import default_targets, make_plan, plan_of, prepare
 from restow.targets import Shard, Target
@@ -75,7 +74,9 @@ def write(folder: Path, kind: str, layers: int, dense: int, experts: int, shards
     """Write one checkpoint; its number of tensors."""
     tensors = shape(layers, dense, experts)
     sizes = {"n_routed_experts": experts, "moe_intermediate_size": HIDDEN, "hidden_size": WIDTH}
-    sparse_checkpoint(folder, tensors, shards, {"model_type": kind, **sizes, "num_hidden_layers": layers + dense})
+    sparse_checkpoint(
+        folder, tensors, shards, {"model_type": kind, **sizes, "num_hidden_layers": layers + dense}
+    )
     return len(tensors)
 
 
@@ -83,7 +84,9 @@ def rank_plan(source: restow.Checkpoint, rank: int) -> restow.Plan:
     """What `restow.plan(source, shard=Shard("e", rank, of=64))` makes, which would import torch."""
     wish = Wish(shard=Shard("e", rank, RANKS))
     targets = default_targets(source, None, wish)
-    return make_plan(source, targets, replace(wish, layout="grouped", plain=frozenset(t.name for t in targets)))
+    return make_plan(
+        source, targets, replace(wish, layout="grouped", plain=frozenset(t.name for t in targets))
+    )
 
 
 def one(path: str) -> dict[str, float]:
@@ -186,18 +189,28 @@ def main(small: bool, save: bool) -> int:
         found = runs("simulated", path, 1)
         rows.append(["1,024 ranks, volumes added up", f"{count:,}", "", f"{found['seconds']:.1f} in all", ""])
         bars.append(("1,024 ranks' plans, seconds", found["seconds"], "<", 60.0))
-        count = write(root / "k2", "kimi_k2", 60 if not small else layers, 1, 384 if not small else experts, 61)
+        count = write(
+            root / "k2", "kimi_k2", 60 if not small else layers, 1, 384 if not small else experts, 61
+        )
         found, trace = runs("one", root / "k2"), runs("traced", root / "k2", 1)
         rows.append(["Kimi-K2: open + one rank of 64", f"{count:,}", f"{found['open']:.2f}", f"{found['rank']:.3f}",
                      f"{found['memory'] / MIB:.0f} ({trace['memory'] / MIB:.0f} traced)"])  # fmt: skip
         bars.append(("Kimi-K2: memory to open and plan, MiB", found["memory"] / MIB, "<=", 64))
         bars.append(("Kimi-K2: the same as Python counts it, MiB", trace["memory"] / MIB, "<=", 64))
-        text = [f"# {machine()}; one core", "", table(["", "tensors", "open s", "plan s", "peak MiB"], rows), ""]
+        text = [
+            f"# {machine()}; one core",
+            "",
+            table(["", "tensors", "open s", "plan s", "peak MiB"], rows),
+            "",
+        ]
         bare = seconds_of([sys.executable, "-c", "pass"])
         text.append(f"import restow: {1000 * (seconds_of([sys.executable, '-c', 'import restow']) - bare):.0f} ms "
                     f"over an interpreter's own {1000 * bare:.0f}")  # fmt: skip
         tool = Path(sys.executable).with_name("restow")
-        if tool.exists() and subprocess.run([tool, "--help"], capture_output=True, check=False).returncode == 0:
+        if (
+            tool.exists()
+            and subprocess.run([tool, "--help"], capture_output=True, check=False).returncode == 0
+        ):
             text.append(f"restow inspect: {seconds_of([str(tool), 'inspect', str(path)]):.2f} s, all in")
         lines, good = verdicts(bars)
         text += ["", *lines]

@@ -1,7 +1,8 @@
-"""One process of the comparison with NeMo AutoModel: its adapters, the same re-based on our mixin, and our own.
+"""One process of the comparison with NeMo AutoModel: its adapters, the same re-based on our mixin, and our
+own.
 
-`python tests/mixin_against.py VERSION` on plain tensors; `on_mesh` in every process of a mesh. Which release is
-imported is PYTHONPATH's to say; the version is checked.
+`python tests/mixin_against.py VERSION` on plain tensors; `on_mesh` in every process of a mesh. Which release
+is imported is PYTHONPATH's to say; the version is checked.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
 import nemo_automodel
-from mixin_host import Host, Tensors, expected, lora, moe_config, numbered, same
+import torch
 from nemo_automodel.components.checkpoint.state_dict_adapter import StateDictAdapter
 from nemo_automodel.components.models.deepseek_v3.state_dict_adapter import DeepSeekV3StateDictAdapter
 from nemo_automodel.components.models.nemotron_v3.state_dict_adapter import NemotronV3StateDictAdapter
 from nemo_automodel.components.models.qwen3_moe.state_dict_adapter import Qwen3MoeStateDictAdapter
 from nemo_automodel.components.moe.state_dict_mixin import MoESplitExpertsStateDictMixin as Theirs
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from mixin_host import Host, Tensors, expected, lora, moe_config, numbered, same
 from restow.state_dict_mixin import MoESplitExpertsStateDictMixin as Ours
 from restow.torch.adapters import DeepSeekV3Adapter, NemotronHAdapter, Qwen3MoeAdapter
 
@@ -31,13 +32,19 @@ E, D, F, R = 8, 12, 10, 3
 
 def rebased(original: type) -> type:
     """The adapter's own class statement, with our mixin as its base."""
-    body = {n: v for n, v in vars(original).items() if n not in ("__dict__", "__weakref__") and n[:5] != "_abc_"}
+    body = {
+        n: v for n, v in vars(original).items() if n not in ("__dict__", "__weakref__") and n[:5] != "_abc_"
+    }
     body.pop("__abstractmethods__", None)
     return type(original.__name__, (Ours, StateDictAdapter), body)
 
 
 def qwen3() -> Tensors:
-    out: Tensors = {"model.embed_tokens.weight": numbered(7, D), "model.norm.weight": numbered(D), "lm_head.weight": numbered(7, D)}
+    out: Tensors = {
+        "model.embed_tokens.weight": numbered(7, D),
+        "model.norm.weight": numbered(D),
+        "lm_head.weight": numbered(7, D),
+    }
     for layer in range(2):
         at = f"model.layers.{layer}"
         out[f"{at}.input_layernorm.weight"] = numbered(D, start=layer)
@@ -93,12 +100,16 @@ def agree(name: str, state: Tensors, mesh: DeviceMesh | None, *, own: bool = Tru
     """Both directions, as the original does them; `own` is whether our own adapter is compared too."""
     theirs, *ours = adapters(name)[: 2 + own]
     wanted = theirs.to_hf(dict(state), **kwargs)
-    single = {k: v for fqn, t in state.items() for k, v in theirs.convert_single_tensor_to_hf(fqn, t, **kwargs)}
+    single = {
+        k: v for fqn, t in state.items() for k, v in theirs.convert_single_tensor_to_hf(fqn, t, **kwargs)
+    }
     for adapter in ours:
         found = adapter.to_hf(dict(state), **kwargs)
         assert list(found) == list(wanted), (list(found), list(wanted))
         assert same(found, wanted) == [], (name, same(found, wanted))
-        one = {k: v for fqn, t in state.items() for k, v in adapter.convert_single_tensor_to_hf(fqn, t, **kwargs)}
+        one = {
+            k: v for fqn, t in state.items() for k, v in adapter.convert_single_tensor_to_hf(fqn, t, **kwargs)
+        }
         assert same(one, single) == []
     # fresh adapters: in the original, the calls above would be taken for a load
     theirs, *ours = adapters(name)[: 2 + own]
@@ -124,7 +135,9 @@ def plain(version: str) -> None:
         gated = name != "nemotron_v3"
         at = "mlp.experts" if gated else "mixer.experts"
         adapter = {**state(), **lora(E, D, F, R, gated, at=at)}
-        latest = version == "0.7.0"  # before, Nemotron-H's adapter named LoRA otherwise, and PEFT's form was 0.18's
+        latest = (
+            version == "0.7.0"
+        )  # before, Nemotron-H's adapter named LoRA otherwise, and PEFT's form was 0.18's
         agree(name, adapter, None, own=latest, v4_compatible=True)
         if latest:
             agree(name, adapter, None)
@@ -133,7 +146,9 @@ def plain(version: str) -> None:
 
 
 def on_mesh(mesh: DeviceMesh, folder: Path) -> None:
-    """DTensors: the same both ways, and a load through torch.distributed.checkpoint into their own storage."""
+    """DTensors: the same both ways, and a load through torch.distributed.checkpoint into their own
+    storage.
+    """
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -202,7 +217,11 @@ def differences() -> None:
     refuses(QuantizationError, lambda: Host(E, F)._from_hf_w_merged_experts(dict(scaled)), "weight_scale_inv")
 
     high = {**hf, f"model.layers.0.mlp.experts.{E}.up_proj.weight": torch.ones(F, D)}
-    refuses(UnexpectedTensorError, lambda: Host(E, F)._from_hf_w_merged_experts(dict(high)), f"experts.{E}.up_proj")
+    refuses(
+        UnexpectedTensorError,
+        lambda: Host(E, F)._from_hf_w_merged_experts(dict(high)),
+        f"experts.{E}.up_proj",
+    )
 
     other = {n.replace("model.", "tower."): t for n, t in hf.items()}
     assert not any("projs" in n for n in Peer(E, F)._from_hf_w_merged_experts(dict(other)))  # passed through

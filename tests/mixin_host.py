@@ -1,4 +1,6 @@
-"""Hosts of the mixin and native state dicts for its tests; expected values by plain indexing, not by the library."""
+"""Hosts of the mixin and native state dicts for its tests; expected values by plain indexing, not by the
+library.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ class Host(MoESplitExpertsStateDictMixin):
     """The least that a subclass is."""
 
     def __init__(
-        self, e: int = 4, f: int = 6, gated: bool = True, *, dtype: torch.dtype = torch.float32, prefix: bool = True
+        self,
+        e: int = 4,
+        f: int = 6,
+        gated: bool = True,
+        *,
+        dtype: torch.dtype = torch.float32,
+        prefix: bool = True,
     ) -> None:
         self.config = None
         self.moe_config = moe_config(e, f, gated)
@@ -39,9 +47,14 @@ def numbered(*shape: int, start: int = 0, dtype: torch.dtype = torch.float32) ->
     return ((torch.arange(count) * 7919 + start * 131) % 1048573).to(dtype).view(shape)
 
 
-def native(e: int, d: int, f: int, gated: bool = True, *, layers: int = 2, at: str = PLACES["mlp.experts"]) -> Tensors:
+def native(
+    e: int, d: int, f: int, gated: bool = True, *, layers: int = 2, at: str = PLACES["mlp.experts"]
+) -> Tensors:
     """Grouped experts of some layers, and two tensors that are none."""
-    out = {"model.embed_tokens.weight": numbered(5, d), "model.layers.0.mlp.shared_experts.up_proj.weight": numbered(f, d)}
+    out = {
+        "model.embed_tokens.weight": numbered(5, d),
+        "model.layers.0.mlp.shared_experts.up_proj.weight": numbered(f, d),
+    }
     for layer in range(layers):
         out[at.format(layer) + ".gate_and_up_projs"] = numbered(e, d, (1 + gated) * f, start=1 + layer)
         out[at.format(layer) + ".down_projs"] = numbered(e, f, d, start=11 + layer)
@@ -65,7 +78,9 @@ def expected(state: Tensors, f: int, gated: bool = True, experts: Any = None) ->
     return out
 
 
-def lora(e: int, d: int, f: int, r: int, gated: bool = True, *, at: str = "mlp.experts", layer: int = 0) -> Tensors:
+def lora(
+    e: int, d: int, f: int, r: int, gated: bool = True, *, at: str = "mlp.experts", layer: int = 0
+) -> Tensors:
     """Grouped LoRA of one layer below PEFT's prefix."""
     path = f"base_model.model.model.layers.{layer}.{at}"
     return {

@@ -1,6 +1,7 @@
 """One gloo process of the mixin's tests: every check of one mesh, on this rank's own part.
 
-`python tests/mixin_ranks.py RENDEZVOUS RANK WORLD CHECK FOLDER SIZES` with sizes by mesh dim, e.g. ep=4,ep_shard=1.
+`python tests/mixin_ranks.py RENDEZVOUS RANK WORLD CHECK FOLDER SIZES` with sizes by mesh dim, e.g.
+ep=4,ep_shard=1.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def placed(state: Tensors, mesh: DeviceMesh) -> Tensors:
     kept = tuple(n for n in names if n == "ep" or any(mesh[m].size() > 1 for m in names if m != "ep"))
     on = mesh[kept]
     return {
-        name: distribute_tensor(tensor.clone(), on, [DIMS[n] for n in kept]) if ".experts." in name else tensor
+        name: distribute_tensor(tensor.clone(), on, [DIMS[n] for n in kept])
+        if ".experts." in name
+        else tensor
         for name, tensor in state.items()
     }
 
@@ -62,7 +65,9 @@ def roundtrip(mesh: DeviceMesh, folder: Path, e: int, gated: bool = True) -> Non
         if ".experts." in name:
             assert isinstance(value, DTensor) != plain_split, name
             assert local(value).is_contiguous() != plain_split, name
-            assert "ep" not in (value.device_mesh.mesh_dim_names or ()) if isinstance(value, DTensor) else True
+            assert (
+                "ep" not in (value.device_mesh.mesh_dim_names or ()) if isinstance(value, DTensor) else True
+            )
 
     # A fresh dict of whole tensors, though the names are registered: nothing of the save above is left.
     fresh = {name: value.clone() for name, value in expected(whole, f, gated).items()}
@@ -149,10 +154,18 @@ def members(mesh: DeviceMesh, folder: Path) -> None:
 
     # The same as FSDP without ep: no mesh is passed, and the rank's own experts are enough.
     flat = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("dp_shard_cp",))
-    state = {n: distribute_tensor(t, flat, [Shard(0)]) for n, t in native(e, d, f, layers=1).items() if ".experts." in n}
+    state = {
+        n: distribute_tensor(t, flat, [Shard(0)])
+        for n, t in native(e, d, f, layers=1).items()
+        if ".experts." in n
+    }
     assert host._from_hf_w_merged_experts(host._to_hf_w_split_experts(state)) == {}
     assert host.view_loaded_native_keys == set(state)
-    state = {n: distribute_tensor(t, flat, [Shard(1)]) for n, t in native(e, d, f, layers=1).items() if ".experts." in n}
+    state = {
+        n: distribute_tensor(t, flat, [Shard(1)])
+        for n, t in native(e, d, f, layers=1).items()
+        if ".experts." in n
+    }
     out = host._to_hf_w_split_experts(state)
     wanted = expected(native(e, d, f, layers=1), f)
     assert all(isinstance(v, DTensor) and torch.equal(v.full_tensor(), wanted[n]) for n, v in out.items())
@@ -176,7 +189,9 @@ def two_shards(mesh: DeviceMesh, folder: Path) -> None:
     assert all(torch.equal(v, wanted[n]) and not isinstance(v, DTensor) for n, v in out.items())
     cut = distribute_tensor(whole["model.layers.0.mlp.experts.gate_and_up_projs"], on, [Shard(2), Shard(0)])
     try:
-        host._convert_single_merged_expert_to_hf_split_experts("model.layers.0.mlp.experts.gate_and_up_projs", cut)
+        host._convert_single_merged_expert_to_hf_split_experts(
+            "model.layers.0.mlp.experts.gate_and_up_projs", cut
+        )
     except Exception as error:
         assert "whole dims" in str(error), error
     else:
@@ -192,7 +207,7 @@ def main(rendezvous: str, rank: int, world: int, check: str, folder: str, sizes:
     distributed.init_process_group(
         "gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
-    by_name = dict((n, int(s)) for n, s in (one.split("=") for one in sizes.split(",")))
+    by_name = {n: int(s) for n, s in (one.split("=") for one in sizes.split(","))}
     mesh = init_device_mesh("cpu", tuple(by_name.values()), mesh_dim_names=tuple(by_name))
     checks: Mapping[str, Any] = CHECKS
     if check == "against":

@@ -365,19 +365,31 @@ def test_chosen_experts_equal_the_model_cut_by_hand(
     assert restow.verify(tmp_path / "a", tmp_path / "b", experts_only=True).equal
 
 
-def test_only_the_number_of_experts_changes_in_the_config(tmp_path: Path) -> None:
-    for family_id, keys in {
-        "qwen3_moe": ["num_local_experts"], "gpt_oss": ["num_local_experts"], "deepseek_v3": ["n_routed_experts"],
-        "dbrx": ["ffn_config.moe_num_experts"], "llama4": ["text_config.num_local_experts"],
-        "step3p7": ["text_config.n_routed_experts", "text_config.num_local_experts"],
-    }.items():  # fmt: skip
-        restow.convert(sharded(family_id), tmp_path / family_id, to="grouped", experts=KEPT)
-        before, after = (json.loads((f / "config.json").read_text()) for f in (sharded(family_id), tmp_path / family_id))
-        changed = sorted(path for path, value in flat(before).items() if flat(after)[path] != value)
-        assert flat(before).keys() == flat(after).keys()
-        assert set(keys) <= set(changed), family_id
-        assert {flat(after)[path] for path in changed} == {8}, family_id
-        assert {flat(before)[path] for path in changed} == {12}, family_id
+COUNTS = {
+    "qwen3_moe": "num_local_experts", "gpt_oss": "num_local_experts", "deepseek_v3": "n_routed_experts",
+    "dbrx": "ffn_config.moe_num_experts", "llama4": "text_config.num_local_experts",
+    "step3p7": "text_config.n_routed_experts", "aria": "text_config.moe_num_experts",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family_id", COUNTS)
+def test_only_the_number_of_experts_changes_in_the_config(family_id: str, tmp_path: Path) -> None:
+    source = sharded(family_id)
+    restow.convert(source, tmp_path / "a", to="grouped", experts=KEPT)
+    before, after = (flat(json.loads((f / "config.json").read_text())) for f in (source, tmp_path / "a"))
+    assert before.keys() == after.keys()
+    assert {path: (before[path], after[path]) for path in before if before[path] != after[path]} == {
+        COUNTS[family_id]: (12, 8)
+    }
+
+
+def test_every_key_that_counts_experts_is_mended(tmp_path: Path) -> None:
+    source = SMALL.written(tmp_path / "source")
+    config = {**SMALL.config, "num_local_experts": 8, "n_routed_experts": 8, "name": "caf\u00e9"}
+    (source / "config.json").write_text(json.dumps(config))
+    restow.convert(source, tmp_path / "a", to="grouped", experts=[7, 0, 3])
+    made = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert made == {**config, "num_experts": 3, "num_local_experts": 3}  # what this family reads, and no more
 
 
 def flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -1,7 +1,8 @@
-"""The mixin against the peer: NeMo AutoModel's adapters re-based on ours, for the release installed and one earlier.
+"""The mixin against the peer: NeMo AutoModel's adapters re-based on ours, for the release installed and one
+earlier.
 
-The earlier release is fetched as a wheel, unpacked beside the test and imported by processes of their own; it is no
-part of this repository.
+The earlier release is fetched as a wheel, unpacked beside the test and imported by processes of their own; it
+is no part of this repository.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ MESHES = [{"ep_replicate": 1, "ep_shard": 1, "ep": 2}, {"ep_replicate": 1, "ep_s
 
 
 @pytest.fixture(scope="module", params=[LATEST, EARLIER])
-def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str], Path]:
+def peer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, str], Path]:
     """A release: its version, the environment that imports it, and folders of what its adapters write."""
     release: str = request.param
     try:
@@ -32,7 +35,9 @@ def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(f"nemo-{release}")
     env = {}
     if installed != release:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(fetched(release, folder)), os.environ.get("PYTHONPATH")]))
+        env["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(fetched(release, folder)), os.environ.get("PYTHONPATH")])
+        )
     script = Path(__file__).with_name("mixin_against.py")
     done = subprocess.run(
         [sys.executable, script, release, folder / "hf"],
@@ -63,7 +68,9 @@ def test_plain_tensors_and_the_differences(peer: tuple[str, dict[str, str], Path
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=["plain local split", "ep_shard"])
-def test_dtensors_and_dcp(peer: tuple[str, dict[str, str], Path], sizes: dict[str, int], tmp_path: Path) -> None:
+def test_dtensors_and_dcp(
+    peer: tuple[str, dict[str, str], Path], sizes: dict[str, int], tmp_path: Path
+) -> None:
     _, env, folder = peer
     for one in folder.iterdir():
         (tmp_path / one.name).symlink_to(one)

@@ -11,10 +11,9 @@ import mixin_ranks
 MESHES = [
     {"ep": 4},
     {"ep": 3},
-    {"ep_replicate": 1, "ep_shard": 1, "ep": 2},
     {"ep_shard": 2, "ep": 2},
     {"ep_replicate": 2, "ep_shard": 1, "ep": 2},
-    {"ep_replicate": 1, "ep_shard": 4, "ep": 1},
+    {"ep_shard": 2, "ep": 1},
 ]
 
 

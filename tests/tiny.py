@@ -24,6 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported:
 import torch
 import transformers
 
+import tiny_more
+
 EXPERTS = 12  # two digits: "10" sorts before "2", which a reader of names must not fall for
 SIZES = {  # d is the width an expert sees, f the width inside it
     "plain": {"d": 32, "f": 24},
@@ -43,6 +45,7 @@ class Family:
     template: Mapping[str, Any]
     layers: int = 3
     slow: bool = False
+    small: bool = False  # the template says only what `tiny_more.SMALL` does not
 
 
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -166,19 +169,26 @@ FAMILIES: dict[str, Family] = {
             "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 2},
         "projector_patch_to_query_dict": {"16": 4}, "image_token_index": 50}, layers=2),
 }  # fmt: skip
+MORE: dict[str, Family] = {
+    name: Family(more.model, more.config, more.special, more.layers, small=True)
+    for name, more in tiny_more.FAMILIES.items()
+}
+EVERY: dict[str, Family] = {**FAMILIES, **MORE}
 
 
 def config(family_id: str, sizes: str = "plain", *, tie: bool | None = None) -> Any:
     """The config of a tiny model; `tie` overrides the family's `tie_word_embeddings`."""
-    family = FAMILIES[family_id]
+    family = EVERY[family_id]
+    cls = getattr(transformers, family.config)
     values = {"$e": EXPERTS, "$l": family.layers, **{f"${axis}": n for axis, n in SIZES[sizes].items()}}
-    template = _filled(family.template, values)
+    plain = tiny_more.small(cls, family.template) if family.small else family.template
+    template = _filled(plain, values)
     if tie is not None:
         template["tie_word_embeddings"] = tie
         if "text_config" in template:
             template["text_config"]["tie_word_embeddings"] = tie
     with _quiet():
-        return getattr(transformers, family.config)(**template)
+        return cls(**template)
 
 
 def build(
@@ -186,7 +196,7 @@ def build(
 ) -> Any:
     """A new tiny model in evaluation mode, filled by `fill`, in the dtypes `from_pretrained` would give."""
     with _quiet():
-        cls = getattr(transformers, FAMILIES[family_id].model)
+        cls = getattr(transformers, EVERY[family_id].model)
         model = cls._from_config(config(family_id, sizes, tie=tie), dtype=dtype, **_EAGER).eval()
         keep = tuple(model._keep_in_fp32_modules_strict or ())
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -231,7 +241,7 @@ def save(
 def reload(folder: str | Path, family_id: str) -> tuple[Any, dict[str, Any]]:
     """The model transformers reads from a folder, and its loading info (missing, unexpected keys ...)."""
     with _quiet():
-        cls = getattr(transformers, FAMILIES[family_id].model)
+        cls = getattr(transformers, EVERY[family_id].model)
         model, info = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, **_EAGER)
     return model.eval(), info
 

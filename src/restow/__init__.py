@@ -25,13 +25,14 @@ if _TYPE_CHECKING:
     from restow.torch.convert import ConvertReport as ConvertReport
     from restow.torch.convert import convert as convert
     from restow.torch.disk_order import empty_like_disk as empty_like_disk
+    from restow.torch.fingerprint import fingerprint as fingerprint
     from restow.torch.load import LoadReport as LoadReport
     from restow.torch.load import load as load
     from restow.torch.load import plan as plan
     from restow.torch.relayout import relayout as relayout
     from restow.torch.save import SaveReport as SaveReport
     from restow.torch.save import save as save
-    from restow.torch.verify import VerifyReport as VerifyReport
+    from restow.torch.verify_report import VerifyReport as VerifyReport
     from restow.torch.verify import verify as verify
 
 _PLACES = {
@@ -43,11 +44,12 @@ _PLACES = {
     "Plan": ("restow.plans", "Plan"),
     "SaveReport": ("restow.torch.save", "SaveReport"),
     "Shard": ("restow.targets", "Shard"),
-    "VerifyReport": ("restow.torch.verify", "VerifyReport"),
+    "VerifyReport": ("restow.torch.verify_report", "VerifyReport"),
     "convert": ("restow.torch.convert", "convert"),
     "empty_like_disk": ("restow.torch.disk_order", "empty_like_disk"),
     "errors": ("restow.errors", ""),
     "families": ("restow.known", "FAMILIES"),
+    "fingerprint": ("restow.torch.fingerprint", "fingerprint"),
     "layouts": ("restow.named", "GENERAL"),
     "load": ("restow.torch.load", "load"),
     "open": ("restow.opening", "open_checkpoint"),
@@ -58,7 +60,7 @@ _PLACES = {
 }
 
 __all__ = [
-    "open", "plan", "load", "save", "relayout", "convert", "verify", "empty_like_disk", "Checkpoint", "Plan",
+    "open", "plan", "load", "save", "relayout", "convert", "verify", "fingerprint", "empty_like_disk", "Checkpoint", "Plan",
     "LoadReport", "ConvertReport", "VerifyReport", "Layout", "Family", "Shard", "layouts", "families", "errors",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from restow.terminal import DIFFERENT, DONE, Answer, Line
 
 if TYPE_CHECKING:
     from restow.torch.convert import ConvertReport
-    from restow.torch.verify import VerifyReport
+    from restow.torch.verify_report import VerifyReport
 
 
 def converted(report: ConvertReport, source: str) -> Answer:

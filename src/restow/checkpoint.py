@@ -12,7 +12,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from restow.codec import SUFFIX, Codec, with_scales
+from restow.codec import SUFFIX, Announced, with_scales
 from restow.entries import Entry
 from restow.errors import show
 from restow.family import Family
@@ -43,7 +43,8 @@ class Checkpoint:
     config: Mapping[str, Any] | None = None
     given: bool = False  # the caller said the family or the layout
     stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    codec: Codec | None = None  # what the config announces about quantised weights
+    codec: Announced | None = None  # what the config announces about quantised weights
+    coded: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)  # as `decoded` sees it: by name
 
     @cached_property
     def layouts(self) -> Mapping[str, Layout]:
@@ -70,8 +71,10 @@ class Checkpoint:
     @cached_property
     def several(self) -> frozenset[str]:
         """The tensors whose bytes lie in more than one piece."""
-        return frozenset(getattr(self.tensors, "sharded", None) or
-                         (n for n, e in self.tensors.items() if len(e.pieces) != 1))  # fmt: skip
+        known = getattr(self.tensors, "sharded", None)
+        if known is not None:
+            return frozenset(known)
+        return frozenset(name for name, entry in self.tensors.items() if len(entry.pieces) != 1)
 
     def ignorable(self, name: str) -> bool:
         """Whether the family's rows excuse a destination that has no place for this tensor."""
@@ -97,7 +100,7 @@ def survey(
     problems: tuple[Problem, ...] = (),
     given: bool = False,
     stamps: Mapping[str, tuple[int, ...]] | None = None,
-    codec: Codec | None = None,
+    codec: Announced | None = None,
 ) -> Checkpoint:
     """Find the experts modules and router tensors among `tensors`. Raises `ConfigError` for impossible sizes."""
     sizes = dict(family.read_sizes(config)) if family is not None and config is not None else {}
@@ -161,4 +164,4 @@ def _runtime(part: Part, family: Family | None) -> Part:
 
 
 def _excused(name: str, family: Family | None, sizes: Mapping[str, int]) -> bool:
-    return family is not None and any(fits(pattern, name, sizes) for pattern in family.ignorable)
+    return family is not None and any(fits(pattern, name, sizes) for pattern in (*family.ignorable, *family.beside))

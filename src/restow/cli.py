@@ -114,6 +114,7 @@ def convert(
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="bf16, f16 or f32 for weights.")] = None,
     max_shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of data in one file.")] = 5 * 2**30,
+    sha256: Annotated[bool, typer.Option("--sha256", help="Record the SHA-256 of every file.")] = False,
     layout: LayoutOption = None,
     family: FamilyOption = None,
     threads: ThreadsOption = None,
@@ -126,17 +127,19 @@ def convert(
     from restow.answers import converted
     from restow.landing import layout_of
     from restow.opening import open_checkpoint
+    from restow.planning import refuse
 
     opened = open_checkpoint(source, layout=layout_option(layout), family=family)
     wanted = layout_option(to)
     assert wanted is not None
     if wanted not in ("hf", "source"):
         layout_of(wanted, opened.family)  # an unknown name ends here, before torch is imported
+    refuse(opened, strict)  # and so does a bad input
     from restow.torch.convert import convert as do
 
     report = do(
         opened, target, to=wanted, experts=experts_option(keep_experts), dtype=dtype_option(dtype),
-        max_shard_bytes=max_shard_bytes, threads=threads, replace=replace, strict=strict,
+        max_shard_bytes=max_shard_bytes, threads=threads, replace=replace, sha256=sha256, strict=strict,
         progress=not json_ and sys.stderr.isatty(),
     )  # fmt: skip
     return converted(report, source)
@@ -160,8 +163,11 @@ def verify(
     """Compare two checkpoints expert by expert, whatever their layouts; or one with its manifest."""
     from restow.answers import verified
     from restow.opening import open_checkpoint
+    from restow.planning import refuse
 
     sides = [open_checkpoint(p, layout=layout_option(layout), family=family) for p in (a, b) if p is not None]
+    if b is None and sides[0].family is not None:
+        refuse(sides[0], strict)  # before torch is imported
     from restow.torch.verify import verify as do
 
     return verified(do(*sides, experts_only=experts_only, sample=sample, threads=threads, strict=strict))

@@ -9,26 +9,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
+from restow.codecs import CODECS, COMPANIONS, Codec, coded_layouts, is_linear
 from restow.errors import ConfigError, QuantizationError, RestowError, show
 from restow.family import Spelling
-from restow.layout import Layout
-from restow.notation import Dim, Row
 
 SECTIONS = ("quantization_config", "compression_config")
 SUFFIX = "_scale_inv"
 SCALE = ".scale"  # what the role of a companion row ends with
 BLOCK_LIMIT = 2**20
+METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType({"mxfp4": ("mxfp4",), "mxfp8": ("mxfp8",)})
+MODELOPT: Mapping[str, tuple[str, ...]] = MappingProxyType({"NVFP4": ("nvfp4",), "FP8_PB_WO": ("fp8_modelopt",)})
+KNOWN = ("fp8", *METHODS, "compressed-tensors", *(f"modelopt {algo}" for algo in MODELOPT))
+COMPRESSED: Mapping[tuple[str, str, int], str] = MappingProxyType({  # by format, type, bits
+    ("pack-quantized", "int", 4): "int4_packed",
+    ("float-quantized", "float", 8): "fp8_group",
+    ("naive-quantized", "float", 8): "fp8_group",
+    ("nvfp4-pack-quantized", "float", 4): "nvfp4_packed",
+    ("mxfp4-pack-quantized", "float", 4): "mxfp4_packed",
+})  # fmt: skip
 
 
-class Codec(NamedTuple):
-    """How weights are coded: `dtype` of the codes, `block` of rows and columns that share a scale (None: the whole)."""
+class Announced(NamedTuple):
+    """What a config says: `codecs` its weights may be in, the usual `dtype` of codes, and the `block` of rows and columns
+    that share a scale (None: the whole)."""
 
     method: str
     dtype: str
     block: tuple[int, int] | None
     skipped: tuple[str, ...]
+    codecs: tuple[Codec, ...] = ()
 
     def skips(self, name: str) -> bool:
         """Whether the config leaves a module as it is: by its name, or a run of whole segments of it."""
@@ -51,25 +63,77 @@ def announced(config: Mapping[str, object] | None) -> Mapping[str, object] | Non
     return None
 
 
-def read_codec(config: Mapping[str, object] | None) -> Codec | None:
-    """The codec that a config announces, or None."""
+def read_codec(config: Mapping[str, object] | None) -> Announced | None:
+    """What a config announces, or None. Raises `QuantizationError` for methods that nobody here knows."""
     said = announced(config)
     if said is None:
         return None
     method = said.get("quant_method")
-    if method != "fp8":
+    skipped = said.get("modules_to_not_convert", said.get("ignore", said.get("exclude_modules")))
+    words = tuple(word for word in skipped if isinstance(word, str)) if isinstance(skipped, list) else ()
+    if method == "fp8":
+        return _fp8(said, words)
+    if method in METHODS and isinstance(method, str):
+        names, block = METHODS[method], None
+    elif method == "compressed-tensors":
+        names, block = _compressed(said)
+    elif method == "modelopt" and str(said.get("quant_algo")) in MODELOPT:
+        names, block = MODELOPT[str(said.get("quant_algo"))], (128, 128)
+    else:
+        algo = f" with quant_algo {said.get('quant_algo')!r}" if method == "modelopt" else ""
         raise QuantizationError(
-            "quantization_config with a quant_method that this version of restow knows: fp8",
-            show(repr(method)),
+            f"quantization_config with a quant_method that this version of restow knows: {', '.join(KNOWN)}",
+            show(repr(method) + algo),
             path="config.json",
             hint="decode the weights with the tool that wrote them, and restow the result",
         )
-    skipped = said.get("modules_to_not_convert")
-    words = tuple(word for word in skipped if isinstance(word, str)) if isinstance(skipped, list) else ()
+    codecs = tuple(CODECS[name]._replace(block=block or (0, 0)) for name in names)
+    return Announced(str(method), codecs[0].dtypes[0], block, words, codecs)
+
+
+def _fp8(said: Mapping[str, object], words: tuple[str, ...]) -> Announced:
     dtype = {"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"}.get(str(said.get("fmt", "e4m3")).lower())
     if dtype is None:
         raise QuantizationError("fmt e4m3 or e5m2 in quantization_config", show(repr(said["fmt"])), path="config.json")
-    return Codec("fp8", dtype, _block(said.get("weight_block_size")), words)
+    block = _block(said.get("weight_block_size"))
+    names: tuple[str, ...] = ("fp8_expert", "fp8_tensor") if block is None else ("fp8", "fp8_scale", "fp4")
+    if dtype == "F8_E5M2":
+        names = ("fp8_e5m2",)
+    elif block == (1, 32):
+        names = ("mxfp8",)
+    return Announced("fp8", dtype, block, words, tuple(CODECS[name]._replace(block=block or (0, 0)) for name in names))
+
+
+def _compressed(said: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[int, int] | None]:
+    """The codecs and the block of a compressed-tensors config: one for all of its groups."""
+    groups = said.get("config_groups")
+    found: set[tuple[tuple[str, ...], tuple[int, int] | None]] = set()
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        kind = group.get("format") or said.get("format") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            continue
+        bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+        block = {"channel": (1, 0), "tensor": (0, 0), "group": (1, size)}.get(str(strategy))
+        if strategy == "block":
+            block = _block(weights.get("block_structure"))
+        plain = weights.get("symmetric", True) is True and weights.get("actorder") in (None, False, "weight", "static")
+        name = COMPRESSED.get((str(kind), str(weights.get("type")), bits if isinstance(bits, int) else 0))
+        if name is None or not plain or block is None or not all(isinstance(n, int) and n >= 0 for n in block):
+            raise QuantizationError(
+                f"a compressed-tensors format that this version of restow knows: {', '.join(k for k, *_ in COMPRESSED)}; "
+                "symmetric, in groups, channels or blocks",
+                show(f"format {kind!r} of {bits!r} bits, strategy {strategy!r}, group_size {size!r}, "
+                     f"symmetric {weights.get('symmetric', True)!r}, actorder {weights.get('actorder')!r}"),
+                path="config.json",
+                hint="decode the weights with the tool that wrote them, and restow the result",
+            )  # fmt: skip
+        found.add(((name,), block))
+    if len(found) != 1:
+        raise QuantizationError(
+            "one group of weights in compressed-tensors' config_groups", f"{len(found)} that differ", path="config.json"
+        )
+    return found.pop()
 
 
 def _block(block: object) -> tuple[int, int] | None:
@@ -84,33 +148,16 @@ def _block(block: object) -> tuple[int, int] | None:
     )
 
 
-def with_scales(spellings: Sequence[Spelling], codec: Codec | None) -> tuple[Spelling, ...]:
-    """The spellings, those of matrices as torch's Linear keeps them also with rows for their scales."""
-    coded = [replace(s, layout=_coded(s.layout, codec)) for s in spellings if codec is not None and _linear(s.layout)]
+def with_scales(spellings: Sequence[Spelling], said: Announced | None) -> tuple[Spelling, ...]:
+    """The spellings, those of matrices as torch's Linear keeps them also as the announced codecs store them."""
+    coded = [
+        replace(s, layout=layout, codec=codec)
+        for s in spellings
+        if said is not None and is_linear(s.layout) and not any(row.role.endswith(COMPANIONS) for row in s.layout.rows)
+        for codec in said.codecs
+        for layout in coded_layouts(s.layout, codec)
+    ]
     return (*coded, *spellings)
-
-
-def _linear(layout: Layout) -> bool:
-    ends = {row.role: str(row.dims[-1]) for row in layout.rows if row.role in ("in", "out") and len(row.dims) > 1}
-    return ends == {"in": "d", "out": "f"} and not any(row.role.endswith(SCALE) for row in layout.rows)
-
-
-def _coded(layout: Layout, codec: Codec | None) -> Layout:
-    assert codec is not None
-    return Layout((*layout.rows, *(_scale_row(row, codec.block) for row in layout.rows if row.role in ("in", "out"))))
-
-
-def _scale_row(row: Row, block: tuple[int, int] | None) -> Row:
-    *name, last = row.name
-    stack, matrix = row.dims[:-2], row.dims[-2:]
-    dims = tuple(_divided(dim, n) for dim, n in zip(matrix, block, strict=True)) if block is not None else ()
-    return Row(row.role + SCALE, (*name, f"{last}{SUFFIX}"), (*stack, *dims))
-
-
-def _divided(dim: Dim, by: int) -> Dim:
-    if len(dim.factors) == 1:
-        return Dim((replace(dim.factors[0], divisor=by),))
-    return Dim(dim.factors, by)
 
 
 def lost_scales(names: Sequence[str]) -> RestowError:
@@ -124,7 +171,7 @@ def lost_scales(names: Sequence[str]) -> RestowError:
     )
 
 
-def odd_grids(wrong: Sequence[tuple[str, str, Sequence[int]]], codec: Codec | None) -> RestowError:
+def odd_grids(wrong: Sequence[tuple[str, str, Sequence[int]]], codec: Announced | None) -> RestowError:
     """Scales of another shape than blocks and weights give: (name, expected, found)."""
     name, expected, found = wrong[0]
     block = list(codec.block) if codec is not None and codec.block is not None else None

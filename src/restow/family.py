@@ -4,13 +4,19 @@ Families are text tables (`restow.catalog`) parsed into frozen values; nothing a
 tables that contradict themselves. The lines of a table:
 
     family    model types
-    size      AXIS[@ROLE] = config path [| path] [+ ...]; `#path`: the length of a list or text; L: layers
+    size      AXIS[@ROLE] = config path [| path] [+ ...]; `#path`: the length of a list or text; `path.1`: an item of
+              a list; L: layers
     order     labels of p in order, then the order of p and f: `gate|up p f`, `up p f`, `gate|up f p`
     module    containers of the experts module: the vendor's, then transformers' runtime, then others
-    rename    run of segments on the hub, the same in transformers' runtime (`^run`: only where a name begins)
+    rename    run of segments on the hub, the same in transformers' runtime (`^run`: only where a name begins; `{l}`
+              a number, `{l+1}` one more)
+    alias     run of segments met on disk, the same on the hub: read, and never written
     spelling  names [@ container], then one row a line; the first is the vendor's, and is called hf
-    router    rows of tensors outside the experts that have an `e` axis, their names below the layer, as on the hub
+    router    rows of tensors outside the experts that have an `e` axis, their names below the layer, as on the hub;
+              a second `router` line begins the rows of another form of the same
+    beside    names below an experts module that are no expert weights
     ignore    names that a destination need not have: `*` any run of segments, `{l+L}` a layer number of at least L
+    foreign   names in transformers' runtime that the hub's files hold in a form that no rename brings about
     require   names that a whole checkpoint must hold; the head after `?`, since a config may tie it
     tie       the config's key that ties the head, then `yes` if an absent key ties too; or `never`; without this
               line the key is the top-level `tie_word_embeddings`
@@ -18,14 +24,17 @@ tables that contradict themselves. The lines of a table:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from restow.codecs import Codec
 from restow.errors import ConfigError, NotationError, UsageError, show
 from restow.layout import Layout, SizeLine, parse_size
 from restow.named import FORMS, NAMED
-from restow.notation import Dim, Factor, Labels, Part, Row
+from restow.notation import Dim, Factor, Labels, Number, Part, Row
+from restow.segments import replace_run
 
+WORDS = ("family", "size", "order", "module", "rename", "alias", "beside", "ignore", "foreign", "require", "tie")
 CONFIG_LIMIT = 2**31
 COUNT_LIMIT = 2**16  # of experts, of layers: what names are counted out for
 
@@ -37,6 +46,7 @@ class Spelling:
     names: tuple[str, ...]
     container: str
     layout: Layout
+    codec: Codec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,9 @@ class Family:
     routers: tuple[Row, ...]
     ignorable: tuple[str, ...]
     required: tuple[str, ...]
+    foreign: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    beside: tuple[str, ...] = ()
     tie: str = "tie_word_embeddings"  # "" where the head is never tied
     tied: bool = False  # what holds where the config lacks that key
 
@@ -91,7 +104,7 @@ class Family:
 
     def canonical(self, name: str) -> str:
         """A tensor's or module's name with the hub's runs replaced by the runtime's."""
-        for hub, runtime in self.renames:
+        for hub, runtime in (*self.aliases, *self.renames):
             name = replace_run(name, hub, runtime)
         return name
 
@@ -136,14 +149,15 @@ class Family:
         found = {}
         for line in self.sizes:
             limit = COUNT_LIMIT if line.axis in ("e", "L") else CONFIG_LIMIT
-            terms = [_term(term, config, limit) for term in line.terms]
+            least = 1 if len(line.terms) == 1 else 0  # a term of a sum may be none at all
+            terms = [_term(term, config, limit, least) for term in line.terms]
             known = [term for term in terms if term is not None]
             if len(known) == len(terms):
                 found[line.key] = sum(known)
         return found
 
 
-def _term(term: str, config: Mapping[str, object], limit: int) -> int | None:
+def _term(term: str, config: Mapping[str, object], limit: int, least: int) -> int | None:
     if term.isdecimal():
         return int(term)
     for path in term.split("|"):
@@ -155,9 +169,9 @@ def _term(term: str, config: Mapping[str, object], limit: int) -> int | None:
                 return len(value)
             if isinstance(value, list) and value:  # one entry a bank; which bank is the family's to say
                 value = value[0]
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= limit:
                 raise ConfigError(
-                    f"{path.lstrip('#')} as a whole number from 1 to {limit}",
+                    f"{path.lstrip('#')} as a whole number from {least} to {limit}",
                     f"{show(repr(value))}",
                     path="config.json",
                 )
@@ -168,19 +182,11 @@ def _term(term: str, config: Mapping[str, object], limit: int) -> int | None:
 def _lookup(config: object, path: str) -> object:
     """The value at a dotted path, or None."""
     for word in path.split("."):
-        config = config.get(word) if isinstance(config, Mapping) else None
+        if isinstance(config, list) and word.isdecimal():
+            config = config[int(word)] if int(word) < len(config) else None
+        else:
+            config = config.get(word) if isinstance(config, Mapping) else None
     return config
-
-
-def replace_run(name: str, old: str, new: str) -> str:
-    """`name` with its first run of whole dotted segments `old` replaced by `new`; `^old` only at the beginning."""
-    anchored = old.startswith("^")
-    run = old.lstrip("^")
-    padded, needle = f".{name}.", f".{run}."
-    at = padded.find(needle)
-    if at < 0 or (anchored and at != 0):
-        return name
-    return (padded[:at] + (f".{new}." if new else ".") + padded[at + len(needle) :]).strip(".")
 
 
 def _form(layout: Layout, family: Family) -> Layout:
@@ -192,7 +198,31 @@ def _form(layout: Layout, family: Family) -> Layout:
             continue
         dims = tuple(Dim(_ordered(dim, family.order), dim.divisor) for dim in row.dims)
         rows.append(replace(row, name=tuple(_labelled(part, family.labels) for part in row.name), dims=dims))
-    return Layout(tuple(rows))
+    banks = [r for r in family.spellings[0].layout.rows if r.role == "in2"]
+    return Layout((*rows, *(_second(row, bank) for bank in banks for row in rows)))
+
+
+def _second(row: Row, bank: Row) -> Row:
+    """A row for the second bank of experts: numbered past the first, or below a name of its own."""
+    first, _, rest = row.role.partition(".")
+    role = f"{first}2" + (f".{rest}" if rest else "")
+    plus = next(part.plus for part in bank.name if isinstance(part, Number))
+    if "e" in row.name_axes:
+        name = tuple(replace(part, plus=plus) if isinstance(part, Number) else part for part in row.name)
+    else:
+        name = ("bank2.", *row.name)
+    return replace(row, role=role, name=_joined(name))
+
+
+def _joined(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """The parts with neighbouring texts made one, as parsing a row makes them."""
+    out: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and out and isinstance(out[-1], str):
+            out[-1] += part
+        else:
+            out.append(part)
+    return tuple(out)
 
 
 def _ordered(dim: Dim, order: tuple[str, ...]) -> tuple[Factor, ...]:
@@ -210,10 +240,15 @@ def _labelled(part: Part, labels: tuple[str, ...]) -> Part:
     return Labels("p", tuple(part.labels[general.index(label)] for label in labels))
 
 
+def _pairs(lines: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((old, new) for old, new in (line.split() for line in lines))
+
+
 def parse_family(text: str) -> Family:
     """Parse one family's table. Raises `NotationError` for lines it does not know."""
     lines: dict[str, list[str]] = {}
     spellings: list[tuple[str, list[str]]] = []
+    routers: list[list[str]] = []
     rows: list[str] = []  # where lines that begin with none of our words go
     for line in text.splitlines():
         word, _, rest = line.strip().partition(" ")
@@ -222,9 +257,10 @@ def parse_family(text: str) -> Family:
         if word == "spelling":
             rows = []
             spellings.append((rest.strip(), rows))
-        elif word == "router" and "router" not in lines:
-            rows = lines["router"] = [rest.strip()]
-        elif word in ("family", "size", "order", "module", "rename", "ignore", "require", "tie"):
+        elif word == "router" and (not routers or rest.split()[0] == "router"):
+            rows = [rest.strip()]
+            routers.append(rows)
+        elif word in WORDS:
             lines.setdefault(word, []).append(rest.strip())
         elif spellings:
             rows.append(line.strip())
@@ -248,11 +284,14 @@ def parse_family(text: str) -> Family:
         order=tuple(order),
         labels=tuple(labels.split("|")),
         containers=containers,
-        renames=tuple((a, b) for a, b in (r.split() for r in lines.get("rename", ()))),
+        renames=_pairs(lines.get("rename", ())),
         spellings=tuple(built),
-        routers=Layout.parse("\n".join(lines["router"])).rows if "router" in lines else (),
+        routers=tuple(row for body in routers for row in Layout.parse("\n".join(body)).rows),
         ignorable=tuple(" ".join(lines.get("ignore", ())).split()),
         required=tuple(" ".join(lines.get("require", ())).split()),
+        foreign=tuple(" ".join(lines.get("foreign", ())).split()),
+        aliases=_pairs(lines.get("alias", ())),
+        beside=tuple(" ".join(lines.get("beside", ())).split()),
         tie="" if tie == "never" else tie,
         tied=tied == ["yes"],
     )

@@ -14,7 +14,8 @@ from itertools import islice
 from math import prod
 from typing import NamedTuple
 
-from restow.codec import SCALE, Codec, lost_scales, odd_grids
+from restow.codec import Announced, lost_scales, odd_grids
+from restow.codecs import COMPANIONS, Codec
 from restow.errors import (
     LISTED,
     AmbiguousLayoutError,
@@ -50,6 +51,7 @@ class Module:
     names: tuple[str, ...]  # what the layout is called here: ("hf", "split")
     sizes: Mapping[str, int]
     tensors: Mapping[str, tuple[str | None, ...]]
+    codec: Codec | None = None  # what its weights are coded in
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def find_modules(
     local: Mapping[str, int] | None = None,
     partial: bool = False,
     what: str = "the checkpoint",
-    codec: Codec | None = None,
+    codec: Announced | None = None,
 ) -> Findings:
     """Find every experts module among `shapes` (name -> shape).
 
@@ -138,7 +140,7 @@ class Known(NamedTuple):
     local: Mapping[str, int]
     partial: bool
     what: str
-    codec: Codec | None = None
+    codec: Announced | None = None
 
 
 Matched = dict[int, dict[tuple[str, tuple[int, ...]], str]]
@@ -214,7 +216,7 @@ def _decide(
 
 
 def _scaled(layout: Layout) -> set[str]:
-    return {row.role for row in layout.rows if row.role.endswith(SCALE)}
+    return {row.role for row in layout.rows if row.role.endswith(COMPANIONS)}
 
 
 def _same_errors(tried: Sequence[tuple[int, Module, list[RestowError]]]) -> bool:
@@ -258,7 +260,7 @@ def _fit(
             slots[_flat(index, lengths)] = name
             if shapes[name] != expected:
                 wrong.append((name, _shape_text(row, {**solved, **local})))
-        if row.role.endswith(SCALE):
+        if row.role.endswith(COMPANIONS):
             names = (name_of(row, _index(i, lengths), solved) for i, name in enumerate(slots) if name is None)
             unscaled += [f"{path}.{name}" for name in names]
         elif not known.partial or not found:
@@ -266,9 +268,9 @@ def _fit(
             missing += [f"{path}.{name_of(row, _index(i, lengths), solved)}" for i in islice(gaps, HOLES)]
             lacking += slots.count(None)
         tensors[row.role] = tuple(slots)
-    module = Module(path, layout, spelling.names, solved, tensors)
+    module = Module(path, layout, spelling.names, solved, tensors, spelling.codec)
     errors += _count_errors(module, missing, lacking, extra, by_row, known.what)
-    scales = {name for role, names in tensors.items() if role.endswith(SCALE) for name in names}
+    scales = {name for role, names in tensors.items() if role.endswith(COMPANIONS) for name in names}
     grids = [(name, want, shapes[name]) for name, want in wrong if name in scales]
     if len(grids) < len(wrong):
         errors.append(_shape_error(module, [(n, want) for n, want in wrong if n not in scales], shapes))

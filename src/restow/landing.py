@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from restow.boxes import Run
 from restow.checkpoint import Checkpoint
+from restow.codec import with_scales
 from restow.errors import AmbiguousTensorError, ShapeMismatchError, UsageError, show
 from restow.family import Family, Spelling
 from restow.find import Findings, Module, candidates_of, find_modules
@@ -85,7 +86,7 @@ def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) 
         local = {axis: wish.shard.run(sizes[axis])[1]}
     shapes = {name: target.shape for name, target in targets.items()}
     layout = layout_of(wish.layout, family)
-    candidates: tuple[Spelling, ...] = candidates_of(family, layout)
+    candidates: tuple[Spelling, ...] = with_scales(candidates_of(family, layout), source.codec)
     if family is None and layout is None:
         candidates += tuple(
             {m.layout: Spelling(m.names, "", m.layout) for m in source.modules.values()}.values()

@@ -16,6 +16,9 @@ from restow.layout import Sizes
 from restow.notation import Labels, Number, Row
 
 
+ENDLESS = 1 << 62
+
+
 class Hit(NamedTuple):
     """A name explained: the candidate's tag, the row, the module path before it, and an index per name axis."""
 
@@ -37,7 +40,7 @@ class _Leaf(NamedTuple):
 @dataclass(slots=True)
 class _Node:
     words: dict[str, _Node] = field(default_factory=dict)
-    numbers: dict[tuple[str, str, int], _Node] = field(default_factory=dict)  # prefix, suffix, bank offset
+    numbers: dict[tuple[str, str, int, int], _Node] = field(default_factory=dict)  # prefix, suffix, from, below
     leaves: list[_Leaf] = field(default_factory=list)
 
 
@@ -47,12 +50,20 @@ class Matcher:
     __slots__ = ("_root",)
 
     def __init__(self, candidates: Iterable[tuple[int, str, Row]], sizes: Sizes) -> None:
-        """`container` is a dotted run that the module path must end with, or ""; `sizes` gives bank offsets."""
-        self._root = _Node()
-        for tag, container, row in candidates:
-            self._add(tag, container, row, sizes)
+        """`container` is a dotted run that the module path must end with, or ""; `sizes` gives bank offsets.
 
-    def _add(self, tag: int, container: str, row: Row, sizes: Sizes) -> None:
+        Where a candidate has a second bank, `{e}` without it counts only up to where that begins; rows of banks that
+        begin nobody knows where match nothing.
+        """
+        self._root = _Node()
+        known = list(candidates)
+        banks = {tag: part.plus for tag, _, row in known for part in row.name if isinstance(part, Number) and part.plus}
+        for tag, container, row in known:
+            plus = banks.get(tag)
+            if plus is None or plus in sizes:
+                self._add(tag, container, row, sizes, sizes[plus] if plus is not None else ENDLESS)
+
+    def _add(self, tag: int, container: str, row: Row, sizes: Sizes, bank: int) -> None:
         labelled = [part for part in row.name if isinstance(part, Labels)]
         for choice in product(*(range(len(part.labels)) for part in labelled)):
             chosen = dict(zip((part.axis for part in labelled), choice, strict=True))
@@ -71,8 +82,8 @@ class Matcher:
                     before, _, after = segment.partition("\0")
                     number = numbers.pop()
                     read.append(number.axis)
-                    bank = sizes[number.plus] if number.plus else 0
-                    node = node.numbers.setdefault((before, after, bank), _Node())
+                    span = (sizes[number.plus], ENDLESS) if number.plus else (0, bank)
+                    node = node.numbers.setdefault((before, after, *span), _Node())
                 else:
                     node = node.words.setdefault(segment, _Node())
             for segment in reversed(container.split(".")) if container else ():
@@ -99,10 +110,10 @@ class Matcher:
                 return
             segment = segments[at]
             at -= 1
-            for (before, after, bank), below in node.numbers.items():
+            for (before, after, start, end), below in node.numbers.items():
                 number = _number(segment, before, after)
-                if number >= bank:
-                    self._walk(below, segments, at, (*read, number - bank), hits)
+                if start <= number < end:
+                    self._walk(below, segments, at, (*read, number - start), hits)
             following = node.words.get(segment)
             if following is None:
                 return

@@ -8,6 +8,7 @@ axes or sizes differ, and raises `CoverageError` where a destination element wou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -235,10 +236,8 @@ def decode(target: Side, runs: Sequence[Sequence[Run]], move: Move) -> tuple[Run
 
     Where an axis lies inside a dim follows from the row and the sizes once more, not from how the move was made.
     """
-    sizes = dict(target.sizes)
     found: list[Run] = []
-    for dim, (spec, dim_runs) in enumerate(zip(target.row.dims, runs, strict=True)):
-        lengths = [axis_size(target.row, key, sizes) for key in dim_keys(spec)]
+    for dim, (digits, dim_runs) in enumerate(zip(_digits(target.row, target.sizes), runs, strict=True)):
         here = [(to_step, n) for n, (to, to_step) in zip(move.pattern.sizes, move.pattern.target, strict=True)
                 if to == dim]  # fmt: skip
         steps = dict(here)
@@ -253,7 +252,7 @@ def decode(target: Side, runs: Sequence[Sequence[Run]], move: Move) -> tuple[Run
             local += length
         if first < 0:
             return None
-        for length, stride in zip(lengths, strides_of(lengths), strict=True):
+        for length, stride in digits:
             digit = first // stride
             first -= digit * stride
             count = steps.pop(stride, 1) if length > 1 else 1
@@ -263,3 +262,10 @@ def decode(target: Side, runs: Sequence[Sequence[Run]], move: Move) -> tuple[Run
         if steps:
             return None
     return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def _digits(row: Row, sizes: Frozen) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Per dim of a row: the length and the stride of each axis inside it."""
+    lengths = [[axis_size(row, key, dict(sizes)) for key in dim_keys(spec)] for spec in row.dims]
+    return tuple(tuple(zip(dim, strides_of(dim), strict=True)) for dim in lengths)

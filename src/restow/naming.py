@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from restow.errors import UsageError
-from restow.family import replace_run
+from restow.segments import replace_run
 
 Rename = Sequence[tuple[str, str]] | Mapping[str, str | None]
 

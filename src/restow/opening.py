@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from restow.checkpoint import Checkpoint, survey
-from restow.codec import Codec, read_codec
+from restow.codec import Announced, read_codec
 from restow.errors import ConfigError, RestowError, UnsupportedFamilyError, show
 from restow.family import Family
 from restow.folder import open_folder
@@ -53,7 +53,7 @@ def open_checkpoint(
             if doubt is not None and layout is None:
                 problems.append(Problem(doubt, True))
     given = family is not None or layout is not None
-    codec: Codec | None = None
+    codec: Announced | None = None
     try:
         codec = read_codec(config)
     except RestowError as error:

@@ -13,8 +13,10 @@ from functools import cached_property, lru_cache
 
 from restow.boxes import whole
 from restow.checkpoint import Checkpoint
+from restow.coding import Coding
+from restow.decoded import Coded, DecodedTensors, decoded, kept_coded
 from restow.entries import Entry
-from restow.errors import AmbiguousTensorError, MissingTensorError, ShapeMismatchError, show
+from restow.errors import AmbiguousTensorError, CoverageError, MissingTensorError, ShapeMismatchError, show
 from restow.find import Module
 from restow.landing import Wish, chosen_experts, find_landing, held_side, layout_of, pair_modules
 from restow.layout import Layout, axis_size, name_of, shape_of
@@ -23,7 +25,7 @@ from restow.naming import check_rename, renamed
 from restow.notation import Dim, Factor, Row
 from restow.plans import Copy, Part, Plan
 from restow.problems import merged
-from restow.quantized import refuse_cast, refuse_decoding
+from restow.quantized import refuse_cast
 from restow.targets import Runs, Target, whole_target
 
 Take = tuple[tuple[str, tuple[int, ...]], ...]
@@ -98,6 +100,8 @@ def prepare(source: Checkpoint, targets: Sequence[Target], wish: Wish) -> Prepar
     raise_fatal(source)
     by_name = {target.name: target for target in targets}
     found = find_landing(source, by_name, wish)
+    kept = kept_coded(source, by_name, found.modules, pair_modules(source, found.modules, wish))
+    source = decoded(source, kept)
     owners = {
         name: (path, role, place)
         for path, module in found.modules.items()
@@ -107,7 +111,6 @@ def prepare(source: Checkpoint, targets: Sequence[Target], wish: Wish) -> Prepar
     }
     plain = pair_others(source, [name for name in by_name if name not in owners], wish)
     pairs = pair_modules(source, found.modules, wish)
-    refuse_decoding(source, found.modules, pairs)
     return Prepared(source, by_name, wish, found.modules, pairs, owners, plain)
 
 
@@ -139,9 +142,20 @@ def raise_fatal(source: Checkpoint) -> None:
         raise merged(fatal)
 
 
+def refuse(source: Checkpoint, strict: bool) -> tuple[str, ...]:
+    """Raise every fatal problem of a source that is needed whole, under `strict` every other too; else their texts."""
+    raise_fatal(source)
+    fatal = [problem.error for problem in source.problems if problem.fatal]
+    odd = [problem.error for problem in source.problems if not problem.fatal]
+    if fatal or (strict and odd):
+        raise merged(fatal or odd)
+    return tuple(map(str, odd))
+
+
 def default_targets(source: Checkpoint, layout: str | Layout | None, wish: Wish) -> list[Target]:
     """The tensors that `source` has in another layout (`grouped` if None), whole, or a rank's part by `wish.shard`."""
     targets = []
+    source = decoded(source)
     for path, module in source.modules.items():
         to = layout_of(layout or "grouped", source.family)
         assert to is not None
@@ -225,6 +239,7 @@ class _Draft:
         self.part_ids: dict[tuple[str, int], int] = {}
         self.patterns: dict[Pattern, int] = {}
         self.copies: list[Copy] = []
+        self.codings: dict[Coding, int] = {}
         self.lost: list[Lost] = []
 
     def add_role(self, source: Module, module: Module, role: str) -> None:
@@ -274,6 +289,14 @@ class _Draft:
             if experts is not None:
                 take = ((f"x{at}", experts),)
                 shape = (*shape[:at], len(experts), *shape[at + 1 :])
+        if source_name in self.source.several and _longer(target.shape, shape):
+            raise CoverageError(
+                f"all of {list(target.shape)} of {show(name)} in the ranks' files",
+                f"{list(shape)}",
+                path=self.source.path,
+                tensor=name,
+                hint="the last ranks' files are not there: get them, or save again",
+            )
         if target.shape != shape:
             raise ShapeMismatchError(
                 f"shape {list(shape)} for {show(name)}, as the source's {show(source_name)} has",
@@ -310,8 +333,30 @@ class _Draft:
             entry = self.source.tensors[name]
             piece = entry.pieces[number]
             self.part_ids[name, number] = len(self.parts)
-            self.parts.append(Part(name, entry.dtype, piece.file, piece.begin, piece.end))
+            coded = self.source.coded.get(name) if self.source.coded is not None else None
+            if coded is None:
+                self.parts.append(Part(name, entry.dtype, piece.file, piece.begin, piece.end))
+            else:
+                self._coded_part(coded, entry, number)
         return self.part_ids[name, number]
+
+    def _coded_part(self, coded: Coded, entry: Entry, number: int) -> None:
+        """The codes of a weight as a part, and after it its scales."""
+        assert isinstance(self.source.tensors, DecodedTensors)
+        piece, raw = entry.pieces[number], self.source.tensors.raw
+        shape, start = tuple(n for _, n in piece.box), tuple(begin for begin, _ in piece.box)
+        if len(entry.pieces) == 1:
+            shape, start = coded.shape, (0,) * len(coded.shape)
+        codec = coded.codec
+        grids = tuple(grid for _, grid in coded.scales)
+        coding = Coding(codec.name, codec.element, codec.bits, shape, start, grids)
+        scales = range(len(self.parts) + 1, len(self.parts) + 1 + len(coded.scales))
+        dtype = raw[coded.name].dtype
+        at = self.codings.setdefault(coding, len(self.codings))
+        self.parts.append(Part(coded.name, dtype, piece.file, piece.begin, piece.end, at, tuple(scales)))
+        for name, _ in coded.scales:
+            (held,) = raw[name].pieces
+            self.parts.append(Part(name, raw[name].dtype, held.file, held.begin, held.end))
 
     def plan(self, layouts: tuple[tuple[str, str, str], ...]) -> Plan:
         order = sorted(range(len(self.parts)), key=lambda i: (self.parts[i].file, self.parts[i].begin, i))
@@ -320,7 +365,9 @@ class _Draft:
         unused, passed = self.prepared.left
         missing = frozenset(self.prepared.missing)
         return Plan(
-            parts=tuple(self.parts[i] for i in order),
+            parts=tuple(
+                self.parts[i]._replace(scales=tuple(place[k] for k in self.parts[i].scales)) for i in order
+            ) if self.codings else tuple(self.parts[i] for i in order),
             targets=tuple(self.chosen.values()),
             patterns=tuple(self.patterns),
             copies=tuple(copies),
@@ -328,7 +375,13 @@ class _Draft:
             unused=unused,
             passed=passed,
             layouts=layouts,
+            codings=tuple(self.codings),
         )
+
+
+def _longer(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether a shape holds another and more."""
+    return len(one) == len(other) and one != other and all(a >= b for a, b in zip(one, other, strict=True))
 
 
 def pieces_of(entry: Entry) -> tuple[Runs, ...]:
@@ -377,4 +430,4 @@ def _lost_error(source: Checkpoint, lost: Sequence[Lost]) -> MissingTensorError:
     )
 
 
-__all__ = ["Prepared", "default_targets", "make_plan", "pair_others", "plan_of", "prepare", "raise_fatal"]
+__all__ = ["Prepared", "default_targets", "make_plan", "pair_others", "plan_of", "prepare", "raise_fatal", "refuse"]

@@ -12,23 +12,31 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from restow.boxes import strides_of
+from restow.coding import Coding, Grid, Term, byte_box, coded_bytes, jobs, scale_box
 from restow.entries import DTYPE_BITS
 from restow.errors import UsageError
 from restow.moves import Pattern
 from restow.reads import merged, read_bytes, read_runs
 from restow.targets import Target
 
-VERSION = 1
+VERSION = 2
 
 
 class Part(NamedTuple):
-    """A piece of a source tensor: its name and dtype, and its bytes `file[begin:end]` ("" for a tensor in memory)."""
+    """A piece of a source tensor: its name and dtype, and its bytes `file[begin:end]` ("" for a tensor in memory).
+
+    Codes count their `coding` in `Plan.codings`, and their `scales` in `Plan.parts`, one for each of the coding's grids;
+    copies from them are in elements of what they decode to.
+    """
 
     name: str
     dtype: str
     file: str
     begin: int
     end: int
+    coding: int = -1
+    scales: tuple[int, ...] = ()
 
 
 class Copy(NamedTuple):
@@ -69,6 +77,7 @@ class Plan:
     unused: tuple[str, ...] = ()
     passed: tuple[str, ...] = ()
     layouts: tuple[tuple[str, str, str], ...] = ()
+    codings: tuple[Coding, ...] = ()
 
     def batches(self) -> Iterator[tuple[Copy, ...]]:
         """Copies that share one read (an expert that is wanted twice), in order."""
@@ -88,16 +97,22 @@ class Plan:
         return p.sizes == q.sizes and p.source == q.source
 
     def itemsize(self, copy: Copy) -> int:
-        """Bytes of one source element."""
-        return DTYPE_BITS[self.parts[copy.source].dtype] // 8
+        """Bytes of one source element; of packed codes, the byte that several share."""
+        part = self.parts[copy.source]
+        return DTYPE_BITS[part.dtype] // 8 if part.coding < 0 else 1
+
+    def read_bytes(self, copy: Copy) -> int:
+        """The bytes that one copy reads, gaps that are read through and scales included."""
+        part, pattern = self.parts[copy.source], self.patterns[copy.pattern]
+        if part.coding < 0:
+            return read_bytes(pattern.sizes, pattern.source, self.itemsize(copy))
+        widths = [DTYPE_BITS[self.parts[i].dtype] // 8 for i in part.scales]
+        return coded_bytes(self.codings[part.coding], widths, copy.at, pattern.sizes, pattern.source)
 
     @cached_property
     def bytes(self) -> int:
         """Bytes of the files' data sections that this plan reads, gaps that are read through included."""
-        return sum(
-            read_bytes(*self.patterns[batch[0].pattern][:2], self.itemsize(batch[0]))
-            for batch in self.batches()
-        )
+        return sum(self.read_bytes(batch[0]) for batch in self.batches())
 
     @cached_property
     def written(self) -> int:
@@ -116,14 +131,32 @@ class Plan:
         for batch in self.batches():
             copy = batch[0]
             part, itemsize = self.parts[copy.source], self.itemsize(copy)
+            if part.coding >= 0:
+                runs += self._coded_runs(copy)
+                continue
             base = part.begin + copy.at * itemsize
             for offset, length in read_runs(*self.patterns[copy.pattern][:2], itemsize):
                 runs.append((part.file, base + offset, base + offset + length))
         return tuple(Read(*run) for run in merged(sorted(runs)))
 
+    def _coded_runs(self, copy: Copy) -> Iterator[tuple[str, int, int]]:
+        part, (sizes, steps, _) = self.parts[copy.source], self.patterns[copy.pattern]
+        coding = self.codings[part.coding]
+        for first, count in jobs(coding, copy.at, sizes, steps):
+            at, some = copy.at + (first * steps[0] if sizes else 0), (count, *sizes[1:]) if sizes else ()
+            codes = byte_box(coding.bits, at, some, steps)
+            for offset, length in read_runs(codes.sizes, codes.steps, 1):
+                yield part.file, part.begin + codes.at + offset, part.begin + codes.at + offset + length
+            for number, scale in enumerate(self.parts[i] for i in part.scales):
+                width, strides = DTYPE_BITS[scale.dtype] // 8, strides_of(coding.grids[number].shape)
+                box = scale_box(coding, number, at, some, steps)
+                base = scale.begin + width * sum(low * step for (low, _), step in zip(box, strides, strict=True))
+                for offset, length in read_runs(tuple(n for _, n in box), strides, width):
+                    yield scale.file, base + offset, base + offset + length
+
     def to_json(self) -> str:
         """The plan as JSON text; `Plan.from_json` gives an equal plan back."""
-        names = ("parts", "targets", "patterns", "copies", "missing", "unused", "passed", "layouts")
+        names = ("parts", "targets", "patterns", "copies", "missing", "unused", "passed", "layouts", "codings")
         body = {name: getattr(self, name) for name in names}
         return json.dumps({"restow_plan": VERSION, **body}, separators=(",", ":"))
 
@@ -135,7 +168,7 @@ class Plan:
             if body["restow_plan"] != VERSION:
                 raise UsageError(f"a plan of version {VERSION}", f"version {body['restow_plan']!r}")
             return Plan(
-                parts=tuple(Part(*part) for part in body["parts"]),
+                parts=tuple(Part(*part[:6], tuple(part[6])) for part in body["parts"]),
                 targets=tuple(Target(name, tuple(shape), dtype, _deep(runs))
                               for name, shape, dtype, runs in body["targets"]),
                 patterns=tuple(Pattern(*map(_deep, pattern)) for pattern in body["patterns"]),
@@ -144,8 +177,9 @@ class Plan:
                 unused=tuple(body["unused"]),
                 passed=tuple(body["passed"]),
                 layouts=_deep(body["layouts"]),
+                codings=tuple(_coding(coding) for coding in body["codings"]),
             )  # fmt: skip
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UsageError("the JSON text of a plan", f"{type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
@@ -164,6 +198,11 @@ class Plan:
                     + (f" and {len(names) - 3} more" if names[3:] else "")
                 )
         return "\n".join(lines)
+
+
+def _coding(value: Any) -> Coding:
+    *head, grids = _deep(value)
+    return Coding(*head, tuple(Grid(how, shape, tuple(Term(*term) for term in terms)) for how, shape, terms in grids))
 
 
 def _deep(value: Any) -> Any:

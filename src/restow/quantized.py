@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from restow.checkpoint import Checkpoint
-from restow.codec import SCALE, SUFFIX, Codec, lost_scales, odd_grids
+from restow.codec import SCALE, SUFFIX, Announced, lost_scales, odd_grids
 from restow.errors import MissingTensorError, QuantizationError, RestowError, show
 from restow.find import Module
 from restow.problems import Problem
@@ -26,7 +26,7 @@ def judge_quantized(found: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Probl
     return tuple(Problem(error, True) for error in _errors(found, found.codec, dtypes))
 
 
-def _errors(found: Checkpoint, codec: Codec, dtypes: Mapping[str, str]) -> Iterator[RestowError]:
+def _errors(found: Checkpoint, codec: Announced, dtypes: Mapping[str, str]) -> Iterator[RestowError]:
     odd: list[str] = []
     bare: list[str] = []
     for path, module in found.modules.items():
@@ -74,7 +74,7 @@ def _errors(found: Checkpoint, codec: Codec, dtypes: Mapping[str, str]) -> Itera
         )
 
 
-def _others(found: Checkpoint, codec: Codec, dtypes: Mapping[str, str]) -> tuple[list[str], list[str]]:
+def _others(found: Checkpoint, codec: Announced, dtypes: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Scales outside the experts, and weights there in the codec's dtype."""
     others = found.others
     return [n for n in others if n.endswith(SUFFIX)], [n for n in others if dtypes[n] == codec.dtype]

@@ -26,7 +26,7 @@ from restow.named import FORMS
 from restow.notation import Row
 from restow.planning import default_targets, make_plan
 from restow.plans import Copy, Plan
-from restow.reads import GAP, read_bytes, spans
+from restow.reads import GAP, spans
 from restow.targets import Runs, Shard, Target, axis_runs
 
 Place = tuple[Row, tuple[int, ...], Mapping[str, int]]  # a row, the index in its names, the module's sizes
@@ -67,7 +67,7 @@ def rank_figures(source: Checkpoint, layout: str | Layout, *, ep: int, ep_shard:
     wanted = read = straight = total = 0
     for batch in made.batches():
         pattern, itemsize = made.patterns[batch[0].pattern], made.itemsize(batch[0])
-        count = read_bytes(pattern.sizes, pattern.source, itemsize)
+        count = made.read_bytes(batch[0])
         total += count
         straight += count if goes_straight(made, batch) else 0
         if made.parts[batch[0].source].name in experts:

@@ -44,6 +44,11 @@ class Tensors(Mapping[str, Entry]):
     def __contains__(self, name: object) -> bool:
         return name in self._rows
 
+    @property
+    def sharded(self) -> frozenset[str]:
+        """The tensors in parts; all others are one piece."""
+        return frozenset(self._sharded)
+
     def __getitem__(self, name: str) -> Entry:
         at = self._rows[name]
         if name in self._sharded:

@@ -41,9 +41,12 @@ def create(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
-def reopen(path: Path) -> int:
-    """A descriptor of a file that another process of ours has made, for writing; links are not followed."""
-    return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def reopen(path: Path, folder: int) -> int:
+    """A descriptor, for writing, of a file that another process of ours has made; links are not followed.
+
+    `path` counts from the open `folder`: what takes the folder's name later is never met.
+    """
+    return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
 
 
 def open_lock(path: Path) -> int:

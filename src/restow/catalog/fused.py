@@ -99,8 +99,8 @@ TABLES = (
     size      L = num_hidden_layers
     order     gate|up p f
     module    moe mlp.experts
-    rename    moe.router_bias mlp.gate.e_score_correction_bias
     rename    moe.gate mlp.gate
+    rename    moe.router_bias mlp.gate.e_score_correction_bias
     rename    share_expert mlp.shared_experts
     rename    ^model.layers model.language_model.layers
     rename    ^model.embed_tokens model.language_model.embed_tokens
@@ -125,6 +125,8 @@ TABLES = (
     router    router        moe.gate.weight   e d
               router.bias   moe.router_bias   e    exact
     ignore    model.layers.{l+L}.* *.rotary_emb.inv_freq
+    foreign   model.vision_model.*.self_attn.q_proj.* model.vision_model.*.self_attn.k_proj.*
+    foreign   model.vision_model.*.self_attn.v_proj.*
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     """,
 )

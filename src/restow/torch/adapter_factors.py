@@ -24,7 +24,7 @@ from restow.layout import shape_of
 from restow.moves import Frozen, Move, Side, freeze, moves
 from restow.notation import Row
 from restow.targets import Runs
-from restow.torch.read import real_places
+from restow.torch.strides import real_places
 from restow.torch.tiles import move
 
 Get = Callable[[str], torch.Tensor]

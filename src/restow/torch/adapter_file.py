@@ -20,7 +20,6 @@ from restow.files import SourceFile, open_source
 from restow.header import Header, read_header
 from restow.torch.dtypes import torch_dtype
 
-
 ORIGINALS = "restow_unscaled.safetensors"
 
 

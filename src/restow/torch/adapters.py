@@ -1,8 +1,10 @@
-"""State dict adapters over the mixin, for models with NeMo AutoModel's native names: Qwen3-MoE, DeepSeek-V3, Nemotron-H.
+"""State dict adapters over the mixin, for models with NeMo AutoModel's native names: Qwen3-MoE, DeepSeek-V3,
+Nemotron-H.
 
-What a family's experts are called, and whether they are gated, is the catalogue's to say; an adapter adds only the
-names in which a native model differs from the hub's. `to_hf`, `from_hf` and `convert_single_tensor_to_hf` are what
-trainers, savers and refitters call. DeepSeek-V3 is the dense form: quantised checkpoints are `restow.load`'s to read.
+What a family's experts are called, and whether they are gated, is the catalogue's to say; an adapter adds
+only the names in which a native model differs from the hub's. `to_hf`, `from_hf` and
+`convert_single_tensor_to_hf` are what trainers, savers and refitters call. DeepSeek-V3 is the dense form:
+quantised checkpoints are `restow.load`'s to read.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from restow.errors import QuantizationError
-from restow.family import replace_run
+from restow.segments import replace_run
 from restow.known import FAMILIES
 from restow.torch.mixin import MoESplitExpertsStateDictMixin
 
@@ -46,16 +48,19 @@ class Adapter(MoESplitExpertsStateDictMixin):
     def to_hf(
         self, state_dict: dict[str, Any], exclude_key_regex: str | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """A native state dict by Hugging Face's names, for this rank's experts; see `convert_single_tensor_to_hf`."""
+        """A native state dict by Hugging Face's names, for this rank's experts; see
+        `convert_single_tensor_to_hf`.
+        """
         pairs = (self.convert_single_tensor_to_hf(fqn, value, exclude_key_regex=exclude_key_regex, **kwargs)
                  for fqn, value in state_dict.items())  # fmt: skip
         return {name: value for one in pairs for name, value in one}
 
     def convert_single_tensor_to_hf(self, fqn: str, tensor: Any, **kwargs: Any) -> Pairs:
-        """One native tensor as (name, tensor) pairs; names that `exclude_key_regex` matches from the start are left out.
+        """One native tensor as (name, tensor) pairs; names that `exclude_key_regex` matches from the start
+        are left out.
 
-        Shapes, views and errors are those of `_convert_single_merged_expert_to_hf_split_experts`; what is not an
-        expert's stays as it is.
+        Shapes, views and errors are those of `_convert_single_merged_expert_to_hf_split_experts`; what is not
+        an expert's stays as it is.
         """
         pairs = None
         if self.moe_config is not None:
@@ -65,7 +70,8 @@ class Adapter(MoESplitExpertsStateDictMixin):
     def from_hf(
         self, hf_state_dict: dict[str, Any], device_mesh: DeviceMesh | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Hugging Face's state dict as native, experts grouped; see `_from_hf_w_merged_experts`, which raises.
+        """Hugging Face's state dict as native, experts grouped; see `_from_hf_w_merged_experts`, which
+        raises.
 
         Names without `model.` are noted, so that `to_hf` writes them so again.
         """
@@ -105,7 +111,9 @@ class DeepSeekV3Adapter(Adapter):
 
 
 class NemotronHAdapter(Adapter):
-    """Nemotron-H: other names for embedding and norm, Mamba's fp32 parameters in a holder, and an `mtp.` namespace."""
+    """Nemotron-H: other names for embedding and norm, Mamba's fp32 parameters in a holder, and an `mtp.`
+    namespace.
+    """
 
     family = "nemotron_h"
     BELOW_ROOT = (
@@ -151,7 +159,9 @@ class NemotronHAdapter(Adapter):
     def from_hf(
         self, hf_state_dict: dict[str, Any], device_mesh: DeviceMesh | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As every adapter's; layers past `config.num_hidden_layers` are left out, `mtp.` is a namespace of its own."""
+        """As every adapter's; layers past `config.num_hidden_layers` are left out, `mtp.` is a namespace of
+        its own.
+        """
         self._note_prefix(hf_state_dict)
         last = getattr(self.config, "num_hidden_layers", 0) or 0
         spaces: dict[str, dict[str, Any]] = {"": {}, "mtp.": {}}

@@ -10,17 +10,17 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
 from restow import manifest
 from restow.checkpoint import Checkpoint
-
 from restow.landing import Wish
 from restow.outfiles import nbytes
 from restow.planning import Prepared
-from restow.problems import Problem, merged
+from restow.problems import merged
 from restow.targets import whole_target
 from restow.torch.chunks import Filled, raw, stream
 from restow.torch.digests import leaf_differences
@@ -72,7 +72,7 @@ def judge_alone(
     read = stream(own, parts, look, threads=threads, progress=show_progress, chunk=PART)
     if digests is not None:
         wrong = [n for n, h in hashes.items() if digests.get(n, h.hexdigest()) != h.hexdigest()]
-        found += leaf_differences(checkpoint, record or {}, wrong, threads)
+        found += [_placed(checkpoint, one) for one in leaf_differences(checkpoint, record or {}, wrong, threads)]
     problems = (*values.problems(), *(tie.problems() if sample is None else ()), *checkpoint.problems)
     refused = [p.error for p in problems if (strict or p.fatal) and p not in checkpoint.problems]
     refused += [p.error for p in checkpoint.problems if strict]
@@ -90,6 +90,12 @@ def judge_alone(
         seconds=time.perf_counter() - started,
         problems=problems,
     )
+
+
+def _placed(checkpoint: Checkpoint, difference: Difference) -> Difference:
+    """A difference with the file that the tensor lies in."""
+    files = ", ".join(dict.fromkeys(piece.file for piece in checkpoint.tensors[difference.name].pieces))
+    return replace(difference, why=f"{difference.why}; in {files}")
 
 
 def _files(folder: Path, record: Mapping[str, object], threads: int | None) -> Iterator[Difference]:

@@ -19,24 +19,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import xxhash
 
 from restow.checkpoint import Checkpoint
 from restow.errors import ConfigError, MissingTensorError, UnexpectedTensorError, UsageError, show
 from restow.landing import Experts, Wish, chosen_experts, layout_of
 from restow.layout import Layout
 from restow.opening import open_checkpoint
-from restow.outfiles import INDEX, OutFile, index_text, nbytes, new_files, recorded_files
-from restow.planning import Prepared, default_targets, prepare, raise_fatal
-from restow.problems import merged
+from restow.outfiles import INDEX, OutFile, index_text, new_files, recorded_files
+from restow.planning import Prepared, default_targets, prepare, refuse
+from restow.problems import Problem, merged
 from restow.publish import Staging
 from restow.record import SECTION, make_record, read_record
 from restow.sidefiles import side_files
 from restow.targets import Target, whole_target
 from restow.torch.chunks import CHUNK, Filled, Slice, raw, slices, stream
+from restow.torch.digesting import Digests
 from restow.torch.dtypes import dtype_name, narrows, wider
 from restow.torch.read import Progress
 
@@ -106,6 +106,7 @@ def convert(
     max_shard_bytes: int = 5 * 2**30,
     threads: int | None = None,
     replace: bool = False,
+    sha256: bool = False,
     progress: Progress | bool | None = None,
     strict: bool = False,
 ) -> ConvertReport:
@@ -115,12 +116,13 @@ def convert(
     recorded by the conversion that made `source`: file map, headers and all). `experts` keeps these experts, in this
     order, with their router rows, and mends the config. `dtype` casts floating tensors, but for rows that must stay
     exact. All other tensors, the config and tokenizer files come along unchanged. At most 1 GiB of memory, whatever
-    the size. Raises the source's fatal problems, `UsageError` for an unknown `to`, and `DestinationError`s; then
+    the size. The manifest records a digest per tensor and per leaf, with `sha256` one per file; odd values (NaN, experts
+    of zeros) are warnings. Raises the source's fatal problems, `UsageError` for an unknown `to`, and `DestinationError`s; then
     nothing is written.
     """
     started = time.perf_counter()
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    warnings = _judge(opened, strict)
+    warnings = refuse(opened, strict)
     job = _prepare(opened, to, experts, dtype, max_shard_bytes)
     size = (
         sum(file.size for file in job.files)
@@ -130,39 +132,33 @@ def convert(
     count = len(job.files) + len(job.side) + (job.index is not None) + 1
     assert opened.path is not None
     with Staging(target, size=size, count=count, sources=[opened.path], replace=replace) as staging:
-        read, digests = _write(job, staging, threads, progress)
+        done = _write(job, opened, staging, threads, sha256, progress)
+        odd = done.problems
+        if (refused := [p.error for p in odd if p.fatal or strict]):
+            raise merged(refused)
         for name, data in job.side.items():
             staging.add(name, data)
         if job.index is not None:
             staging.add(*job.index)
         small = {**job.side, **dict([job.index] if job.index is not None else ())}
         known = {name: {"sha256": hashlib.sha256(data).hexdigest()} for name, data in small.items()}
-        staging.finish({SECTION: job.undo, "tensors": digests, "source": _identity(opened)}, digests=known)
+        known |= {name: {"sha256": digest} for name, digest in done.files.items()}
+        sections = {"tensors": done.tensors, "leaves": done.leaves, "source": _identity(opened)}
+        staging.finish({SECTION: job.undo, **sections}, digests=known)
         notes = staging.notes
     return ConvertReport(
         target=os.fspath(target),
         layout=job.layout,
         files=len(job.files),
         tensors=sum(len(file.tensors) for file in job.files),
-        bytes_read=read,
+        bytes_read=done.read,
         bytes_written=sum(file.size for file in job.files),
         narrowed=_narrowed(job),
         left_behind=job.left,
-        warnings=warnings,
+        warnings=(*warnings, *(str(problem.error) for problem in odd)),
         notes=tuple(notes),
         seconds=time.perf_counter() - started,
     )
-
-
-def _judge(opened: Checkpoint, strict: bool) -> tuple[str, ...]:
-    raise_fatal(opened)
-    fatal = [problem.error for problem in opened.problems if problem.fatal]
-    if fatal:
-        raise merged(fatal)
-    odd = [problem.error for problem in opened.problems]
-    if strict and odd:
-        raise merged(odd)
-    return tuple(str(error) for error in odd)
 
 
 def _prepare(
@@ -358,18 +354,30 @@ def _set_sizes(body: dict[str, Any], terms: Sequence[str], count: int) -> list[s
     return changed
 
 
+class _Written(NamedTuple):
+    """The bytes read; an xxh3-128 digest per tensor and per leaf, sha256 per file if asked; what the values show."""
+
+    read: int
+    tensors: Mapping[str, str]
+    leaves: Mapping[str, str]
+    files: Mapping[str, str]
+    problems: tuple[Problem, ...]
+
+
 def _write(
-    job: _Job, staging: Staging, threads: int | None, progress: Progress | bool | None
-) -> tuple[int, dict[str, str]]:
-    """Fill and write every file; the bytes read, and an xxh3-128 digest per tensor."""
-    places = {t.name: (file.name, t.begin) for file in job.files for t in file.tensors}
+    job: _Job,
+    opened: Checkpoint,
+    staging: Staging,
+    threads: int | None,
+    sha256: bool,
+    progress: Progress | bool | None,
+) -> _Written:
+    """Fill and write every file, and digest it on the way."""
     left = {file.name: file.size for file in job.files}
-    digests: dict[str, str] = {}
-    hashes: dict[str, Any] = {}
     sealed: list[Future[None]] = []
     lock = threading.Lock()
     total = sum(tensor.end - tensor.begin for file in job.files for tensor in file.tensors)
-    show_progress = _progress(progress, total)
+    digests = Digests(job.prepared, job.files, sha256=sha256)
     with ThreadPoolExecutor(1) as syncing:  # a disk that is slow to sync must not stop the reading
 
         def account(file: str, written: int) -> None:
@@ -380,28 +388,19 @@ def _write(
                 sealed.append(syncing.submit(staging.seal, file))
 
         def hand_on(filled: Sequence[Filled]) -> None:
-            for one in filled:
-                name = one.slice.target.name
-                file, begin = places[name]
-                data = raw(one.tensor)
-                hashes.setdefault(name, xxhash.xxh3_128()).update(data)
-                account(file, staging.write(file, begin + one.slice.offset, data))
-                if one.slice.offset + len(data) == nbytes(one.slice.target.dtype, one.slice.target.shape):
-                    digests[name] = hashes.pop(name).hexdigest()
+            with digests.beside(filled):
+                for one in filled:
+                    file, begin = digests.places[one.slice.target.name]
+                    account(file, staging.write(file, begin + one.slice.offset, raw(one.tensor)))
 
         for file in job.files:
             staging.create(file.name, file.size)
             account(file.name, staging.write(file.name, 0, file.head))
-        read = stream(
-            job.prepared, _slices(job), hand_on, threads=threads, progress=show_progress, chunk=CHUNK
-        )
+        read = stream(job.prepared, _slices(job), hand_on, threads=threads, progress=_progress(progress, total))
         for future in sealed:
             future.result()
-    for file in job.files:
-        for tensor in file.tensors:
-            if tensor.end == tensor.begin:
-                digests[tensor.name] = xxhash.xxh3_128().hexdigest()
-    return read, digests
+    problems = digests.problems() if opened.codec is None else ()
+    return _Written(read, digests.tensors, digests.leaves.found, digests.sums(), problems)
 
 
 def _slices(job: _Job) -> Iterator[Slice]:

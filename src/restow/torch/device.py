@@ -1,15 +1,15 @@
-"""Running a plan into the memory of a device: pinned slots filled by reader threads, moved on in order.
+"""Running a plan into the memory of a CUDA device: pinned slots filled by reader threads, moved on in order.
 
-A fixed number of pinned host slots and as many on the device, allocated once a call. Threads read a slot's bytes from the
-files, side by side; one stream copies the raw bytes to the device slot, another writes them into the parameter's own
-storage, transposed or cast on the way by the device. No tensor is ever allocated on the device but the slots. It rejects
-nothing of its own; sources in memory and host destinations are `read`'s.
+A fixed number of pinned host slots and as many on the device, allocated once a call. Threads read a slot's bytes, side by
+side; one stream copies them raw to the device slot, another writes them into the parameters' own storage, transposed or
+cast on the way by the device, one launch for a run of experts. Nothing else is allocated there. Sources in memory and
+host destinations are `read`'s, and rejected by `on_one_device`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import product
 from math import prod
@@ -21,11 +21,11 @@ from restow.plans import Copy, Plan
 from restow.reads import spans
 from restow.torch.dtypes import torch_dtype
 from restow.torch.raw import raw
-from restow.torch.read import Booked, Files, Landing, Progress, compared, landing_of, tile_axis
+from restow.torch.read import Booked, Progress, _compare, _Files, _Ledger, tile_axis
 
 SLOTS = 4
 SLOT = 64 << 20  # bytes of one slot, on the host and on the device
-PIECE = 4 << 20  # bytes of one read, so that all threads work on one slot
+PIECE = 1 << 20  # bytes below which a slot is not divided among more threads
 ALIGN = 512
 
 
@@ -38,78 +38,29 @@ class Piece(NamedTuple):
     at: int
 
 
-class Tile(NamedTuple):
-    """A part of a copy inside a slot: its box there, and where the box goes."""
+class Shape(NamedTuple):
+    """What tiles of one pattern and target share: dtype, box, strides in the slot and in the destination."""
 
-    at: int
+    target: int
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    source: tuple[int, ...]
     strides: tuple[int, ...]
-    landings: tuple[tuple[Landing, int], ...]  # with the first element's place in the destination's storage
 
 
 class Load(NamedTuple):
-    """One slot's worth of work."""
+    """One slot's worth of work: reads, and by shape the (byte in the slot, element in the destination) of each tile."""
 
-    pieces: tuple[Piece, ...]
-    tiles: tuple[Tile, ...]
+    pieces: list[Piece]
+    tiles: dict[Shape, list[tuple[int, int]]]
     size: int
-
-
-def loads(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[Load]:
-    """The plan's copies cut into tiles and packed into slots, in the order of the files."""
-    pieces: list[Piece] = []
-    tiles: list[Tile] = []
-    size = 0
-    for batch in plan.batches():
-        for reads, tile, need in _tiles(plan, batch, tensors):
-            if size + need > SLOT and tiles:
-                yield Load(tuple(pieces), tuple(tiles), size)
-                pieces, tiles, size = [], [], 0
-            pieces += [piece._replace(at=piece.at + size) for piece in reads]
-            tiles.append(tile._replace(at=size))
-            size += -(-need // ALIGN) * ALIGN
-    if tiles:
-        yield Load(tuple(pieces), tuple(tiles), size)
-
-
-def _tiles(
-    plan: Plan, batch: Sequence[Copy], tensors: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[list[Piece], Tile, int]]:
-    copy = batch[0]
-    part, pattern = plan.parts[copy.source], plan.patterns[copy.pattern]
-    dtype = torch_dtype(part.dtype)
-    width = dtype.itemsize
-    sizes, steps = pattern.sizes, pattern.source
-    landings = [landing_of(plan, one, tensors) for one in batch]
-    how = spans(sizes, steps, width)
-    axis, length = tile_axis(sizes, width, how, landings[0].strides, SLOT)
-    for index in product(*(range(n) for n in sizes[:axis])):
-        for first in range(0, sizes[axis] if sizes else 1, length):
-            place = (*index, first)[: len(sizes)]
-            shape = (min(length, sizes[axis] - first), *sizes[axis + 1 :]) if sizes else ()
-            begin = part.begin + width * (copy.at + _dot(place, steps))
-            to = tuple((one, one.offset + _dot(place, one.strides)) for one in landings)
-            to = tuple((one._replace(strides=one.strides[axis:]), at) for one, at in to)
-            if how.rows:
-                need = (shape[0] - 1) * steps[axis] * width + how.run
-                reads, strides = [Piece(part.file, begin, need, 0)], steps[axis:]
-            else:
-                loops = max(0, how.outer - axis)
-                run = width * prod(shape[loops:])
-                reads = [
-                    Piece(part.file, begin + width * _dot(i, steps[axis:]), run, n * run)
-                    for n, i in enumerate(product(*(range(k) for k in shape[:loops])))
-                ]
-                need, strides = width * prod(shape), _packed(shape)
-            yield reads, Tile(0, dtype, shape, strides, to), need
 
 
 def on_one_device(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether this is a plan of ours: files only, into one CUDA device only."""
     filled = {plan.targets[copy.target].name for copy in plan.copies}
     devices = {tensors[name].device for name in filled}
-    return len(devices) == 1 and next(iter(devices)).type == "cuda" and all(part.file for part in plan.parts)
+    return len(devices) == 1 and next(iter(devices)).type == "cuda" and not plan.codings and all(part.file for part in plan.parts)
 
 
 def run_on_device(
@@ -123,43 +74,150 @@ def run_on_device(
 ) -> Booked:
     """Run a plan whose targets all lie on one CUDA device; like `read.run_plan` in all else."""
     with ExitStack() as stack:
-        files = Files(stack, root, stamps)
-        read, written = _pump(plan, tensors, files, threads, progress)
+        files = _Files(stack, root, stamps)
+        ledger = _Ledger()
+        ledger.book(*_pump(plan, tensors, files, threads, progress))
         files.check()
-    return Booked(read, compared(plan, written))
+    return Booked(ledger.read, _compare(plan, ledger))
+
+
+def loads(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[Load]:
+    """The plan's copies cut into tiles and packed into slots, in the order of the files; neighbours are one read."""
+    load = Load([], {}, 0)
+    for reads, need, tiles in _tiles(plan, tensors):
+        at = load.size
+        last = load.pieces[-1] if load.pieces else None
+        joined = last is not None and (last.file, last.begin + last.length) == reads[0][:2]
+        joined = joined and last is not None and at == last.at + last.length
+        if not joined:
+            at = -(-at // ALIGN) * ALIGN + reads[0].begin % ALIGN
+        if at + need > SLOT and load.pieces:
+            yield load
+            load, joined = Load([], {}, 0), False
+            at = reads[0].begin % ALIGN
+        if joined and last is not None:
+            load.pieces[-1] = last._replace(length=last.length + reads[0].length)
+            reads = reads[1:]
+        load.pieces.extend(piece._replace(at=piece.at + at) for piece in reads)
+        for shape, begin, to in tiles:
+            load.tiles.setdefault(shape, []).append((at + begin, to))
+        load = load._replace(size=at + need)
+    if load.pieces:
+        yield load
+
+
+Tiles = tuple[list[Piece], int, list[tuple[Shape, int, int]]]
+
+
+def _tiles(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[Tiles]:
+    """(reads, bytes in the slot, tiles) of every tile of every copy; places are relative to the tile."""
+    known: dict[tuple[int, int, str], tuple[Shape, torch.Tensor]] = {}
+    limit = SLOT - ALIGN
+    for batch in plan.batches():
+        copy = batch[0]
+        part = plan.parts[copy.source]
+        shapes = []
+        for one in batch:
+            key = (one.pattern, one.target, part.dtype)
+            if key not in known:
+                known[key] = _shape(plan, one, tensors[plan.targets[one.target].name])
+            shapes.append(known[key])
+        width = shapes[0][0].dtype.itemsize
+        sizes, steps = plan.patterns[copy.pattern][:2]
+        size = prod(sizes) * width
+        begin = part.begin + copy.at * width
+        how = spans(sizes, steps, width)
+        to = [tensor.storage_offset() + _dot(one.start, tensor.stride())
+              for one, (_, tensor) in zip(batch, shapes, strict=True)]  # fmt: skip
+        if how.outer == 0 and not how.rows and size <= limit:  # nearly all: one tensor, one read
+            tiles = [(shape, 0, place) for (shape, _), place in zip(shapes, to, strict=True)]
+            yield [Piece(part.file, begin, size, 0)], size, tiles
+        else:
+            yield from _cut(part.file, begin, [shape for shape, _ in shapes], to, sizes, steps, limit)
+
+
+def _shape(plan: Plan, copy: Copy, tensor: torch.Tensor) -> tuple[Shape, torch.Tensor]:
+    sizes, steps, places = plan.patterns[copy.pattern]
+    dtype = torch_dtype(plan.parts[copy.source].dtype)
+    strides = tuple(step * tensor.stride(dim) for dim, step in places)
+    return Shape(copy.target, dtype, sizes, steps, strides), tensor
+
+
+def _cut(
+    file: str,
+    begin: int,
+    shapes: Sequence[Shape],
+    to: Sequence[int],
+    sizes: tuple[int, ...],
+    steps: tuple[int, ...],
+    limit: int,
+) -> Iterator[Tiles]:
+    """A copy that is larger than a slot or not one run of its file, tile by tile."""
+    width = shapes[0].dtype.itemsize
+    how = spans(sizes, steps, width)
+    axis, length = tile_axis(sizes, width, how, shapes[0].strides, limit)
+    for index in product(*(range(n) for n in sizes[:axis])):
+        for first in range(0, sizes[axis] if sizes else 1, length):
+            place = (*index, first)[: len(sizes)]
+            box = (min(length, sizes[axis] - first), *sizes[axis + 1 :]) if sizes else ()
+            start = begin + width * _dot(place, steps)
+            if how.rows:
+                need = (box[0] - 1) * steps[axis] * width + how.run
+                reads, strides = [Piece(file, start, need, 0)], steps[axis:]
+            else:
+                loops = max(0, how.outer - axis)
+                run = width * prod(box[loops:])
+                reads = [
+                    Piece(file, start + width * _dot(i, steps[axis:]), run, n * run)
+                    for n, i in enumerate(product(*(range(k) for k in box[:loops])))
+                ]
+                need, strides = width * prod(box), _packed(box)
+            tiles = [
+                (
+                    Shape(one.target, one.dtype, box, strides, one.strides[axis:]),
+                    0,
+                    at + _dot(place, one.strides),
+                )
+                for one, at in zip(shapes, to, strict=True)
+            ]
+            yield reads, need, tiles
 
 
 def _pump(
     plan: Plan,
     tensors: Mapping[str, torch.Tensor],
-    files: Files,
+    files: _Files,
     threads: int,
     progress: Progress | None,
 ) -> tuple[int, dict[int, int]]:
-    device = tensors[plan.targets[plan.copies[0].target].name].device
-    total = plan.bytes
-    read, written = 0, dict[int, int]()
+    """Fill, send and move slot after slot; the bytes read, and the elements written by target."""
+    names = [target.name for target in plan.targets]
+    device = tensors[names[plan.copies[0].target]].device
+    read, written, total = 0, dict[int, int](), plan.bytes
     host = [torch.empty(SLOT, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
     views = [raw(slot) for slot in host]
     there = [torch.empty(SLOT, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-    sent, moved = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    sent, moved = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     moved.wait_stream(torch.cuda.current_stream(device))
-    left = [torch.cuda.Event() for _ in range(SLOTS)]  # the host slot may be filled again
-    taken = [torch.cuda.Event() for _ in range(SLOTS)]  # the device slot may be overwritten
+    left = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # host slot free again
+    taken = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # device slot free again
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        queue: list[tuple[int, Load, list[object]]] = []
+        queue: list[tuple[int, Load, list[Future[int]]]] = []
 
-        def send(slot: int, load: Load, reads: Sequence[object]) -> int:
-            got = sum(future.result() for future in reads)  # type: ignore[attr-defined]
+        def send() -> int:
+            slot, load, reads = queue.pop(0)
+            got = sum(future.result() for future in reads)
             with torch.cuda.stream(sent):
                 sent.wait_event(taken[slot])
                 there[slot][: load.size].copy_(host[slot][: load.size], non_blocking=True)
                 left[slot].record(sent)
             with torch.cuda.stream(moved):
                 moved.wait_event(left[slot])
-                for tile in load.tiles:
-                    _move(tile, there[slot], written)
+                for shape, places in load.tiles.items():
+                    _move(shape, places, there[slot], tensors[names[shape.target]])
+                    count = prod(shape.sizes) * len(places)
+                    written[shape.target] = written.get(shape.target, 0) + count
                 taken[slot].record(moved)
             if progress is not None:
                 progress(min(read + got, total), total)
@@ -168,44 +226,74 @@ def _pump(
         for number, load in enumerate(loads(plan, tensors)):
             slot = number % SLOTS
             if len(queue) == SLOTS:
-                read += send(*queue.pop(0))
+                read += send()
             left[slot].synchronize()
-            reads = [pool.submit(_fill, files, part, views[slot]) for part in _shares(load.pieces, threads)]
-            queue.append((slot, load, list(reads)))
-            while queue and all(future.done() for future in queue[0][2]):  # type: ignore[attr-defined]
-                read += send(*queue.pop(0))
-        for item in queue:
-            read += send(*item)
+            shares = _shares(load.pieces, threads)
+            queue.append((slot, load, [pool.submit(_fill, files, part, views[slot]) for part in shares]))
+            while queue and all(future.done() for future in queue[0][2]):
+                read += send()
+        while queue:
+            read += send()
     torch.cuda.current_stream(device).wait_stream(moved)
     torch.cuda.synchronize(device)
     return read, written
 
 
-def _move(tile: Tile, slot: torch.Tensor, written: dict[int, int]) -> None:
-    count = prod(tile.shape)
-    span = 1 + sum((n - 1) * stride for n, stride in zip(tile.shape, tile.strides, strict=True))
-    raw = slot[tile.at : tile.at + span * tile.dtype.itemsize].view(tile.dtype)
-    box = raw.as_strided(tile.shape, tile.strides)
-    for landing, offset in tile.landings:
-        landing.tensor.as_strided(tile.shape, landing.strides, offset).copy_(box)
-        written[landing.target] = written.get(landing.target, 0) + count
+def _move(shape: Shape, places: Sequence[tuple[int, int]], slot: torch.Tensor, into: torch.Tensor) -> None:
+    """Tiles of one shape from the slot into the destination: one launch for every run at even distances."""
+    width = shape.dtype.itemsize
+    span = 1 + sum((n - 1) * stride for n, stride in zip(shape.sizes, shape.source, strict=True))
+    for first, count, step, far in runs(places):
+        at, to = places[first]
+        end = at + (count - 1) * step + span * width
+        box = slot[at:end].view(shape.dtype)
+        if count == 1:
+            source = box.as_strided(shape.sizes, shape.source)
+            into.as_strided(shape.sizes, shape.strides, to).copy_(source)
+            continue
+        source = box.as_strided((count, *shape.sizes), (step // width, *shape.source))
+        into.as_strided((count, *shape.sizes), (far, *shape.strides), to).copy_(source)
+
+
+def runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int]]:
+    """(first, count, step, far) of neighbours in `places` whose two numbers grow evenly, both upwards."""
+    first = 0
+    while first < len(places):
+        count, step, far = 1, 0, 0
+        if first + 1 < len(places):
+            step, far = (b - a for a, b in zip(places[first], places[first + 1], strict=True))
+            while step > 0 and far > 0 and first + count < len(places):
+                before, here = places[first + count - 1], places[first + count]
+                if (here[0] - before[0], here[1] - before[1]) != (step, far):
+                    break
+                count += 1
+        yield first, count, step, far
+        first += count
 
 
 def _shares(pieces: Sequence[Piece], threads: int) -> list[list[Piece]]:
-    """Pieces cut to bounded reads and dealt out in runs, so that a thread's reads follow each other in the file."""
-    cut = [
-        piece._replace(begin=piece.begin + at, length=min(PIECE, piece.length - at), at=piece.at + at)
-        for piece in pieces
-        for at in range(0, piece.length, PIECE)
-    ]
-    step = max(1, -(-len(cut) // (threads * 2)))
-    return [cut[i : i + step] for i in range(0, len(cut), step)]
+    """A slot's reads divided evenly among threads: as few calls as can be, each of which gives up the interpreter."""
+    share = max(PIECE, -(-sum(piece.length for piece in pieces) // threads))
+    shares: list[list[Piece]] = [[]]
+    room = share
+    for piece in pieces:
+        at = 0
+        while at < piece.length:
+            if not room:
+                shares.append([])
+                room = share
+            length = min(room, piece.length - at)
+            shares[-1].append(Piece(piece.file, piece.begin + at, length, piece.at + at))
+            at += length
+            room -= length
+    return shares
 
 
-def _fill(files: Files, pieces: Sequence[Piece], slot: memoryview) -> int:
-    return sum(
-        files.get(piece.file).preadv(piece.begin, [slot[piece.at : piece.at + piece.length]]) for piece in pieces
-    )
+def _fill(files: _Files, pieces: Sequence[Piece], slot: memoryview) -> int:
+    read = 0
+    for piece in pieces:
+        read += files.get(piece.file).preadv(piece.begin, [slot[piece.at : piece.at + piece.length]])
+    return read
 
 
 def _packed(shape: Sequence[int]) -> tuple[int, ...]:

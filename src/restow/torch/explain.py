@@ -22,7 +22,7 @@ from restow.torch.dtypes import torch_dtype
 from restow.torch.leaves import Leaf, name_index
 
 if TYPE_CHECKING:
-    from restow.torch.verify import Difference
+    from restow.torch.verify_report import Difference
 
 MODULES = 8  # modules whose differences are explained; the rest is like them, or too much to read
 # One tensor a leaf, whatever the layout: `in` and `out` are what experts consist of.
@@ -50,17 +50,17 @@ def explain(
         places: dict[str, Leaf] = {}
         for leaf, (digest, _) in theirs.items():
             places.setdefault(digest, leaf)
-        order = _text_order(
+        order = text_order(
             {leaf[1]: places[digest][1] for leaf, (digest, _) in ours.items() if digest in places}
         )
         for i in by_module[path]:
             mine = found[i].leaf
             if mine is not None and mine in ours:
-                out[i] = replace(found[i], why=_why(mine, ours[mine], places, theirs, order))
+                out[i] = replace(found[i], why=why(mine, ours[mine], places, theirs, order))
     return out
 
 
-def _text_order(found: Mapping[int, int]) -> str:
+def text_order(found: Mapping[int, int]) -> str:
     """What to add where the experts of one side stand in the order of their numbers as text (0, 1, 10, 11, 2 ...)."""
     experts = sorted(found)
     as_text = sorted(experts, key=str)
@@ -71,7 +71,7 @@ def _text_order(found: Mapping[int, int]) -> str:
     return ": text order" if here or there else ""
 
 
-def _why(
+def why(
     leaf: Leaf,
     mine: tuple[str, str],
     places: dict[str, Leaf],

@@ -18,13 +18,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from itertools import product
 from math import prod
 from types import MappingProxyType
 
 import torch
 
-from restow.boxes import Run, boxes_of
 from restow.checkpoint import Checkpoint
 from restow.family import Family
 from restow.find import Module, candidates_of, find_modules
@@ -35,14 +33,12 @@ from restow.planning import Prepared, raise_fatal
 from restow.problems import merged
 from restow.targets import Runs, whole_target
 from restow.torch.chunks import CHUNK, fill, grouped, room, slices
-from restow.torch.leaves import name_index
+from restow.torch.leafviews import Owner, leaf_views, owners_of
 from restow.torch.storage import Into, slots_of
 
 MASK = (1 << 64) - 1
 BLOCK = 1 << 19  # elements that are turned into float64 at once
 TERMS = 1 << 20  # products of one exact sum
-# The order in which a leaf's elements are counted: that of the split layout.
-ORDER = {"in": ("f", "d"), "out": ("d", "f")}
 
 
 def fingerprint(
@@ -79,7 +75,7 @@ def _of_state(state: Into, family: Family | None, layout: str | Layout | None) -
     found = find_modules(shapes, candidates, sizes, claimed=lambda name: True, what="the state")
     if found.errors:
         raise merged(found.errors)
-    owners = _owners(found.modules)
+    owners = owners_of(found.modules)
     for name, slot in slots.items():
         owner = owners.get(name)
         module = found.modules[owner[0]] if owner else None
@@ -88,7 +84,7 @@ def _of_state(state: Into, family: Family | None, layout: str | Layout | None) -
 
 def _of_checkpoint(opened: Checkpoint, threads: int | None) -> Iterator[tuple[str, int]]:
     raise_fatal(opened)
-    owners = _owners(opened.modules)
+    owners = owners_of(opened.modules)
     targets = {n: whole_target(n, e.shape, e.dtype) for n, e in opened.tensors.items() if all(e.shape)}
     own = Prepared(opened, targets, Wish(), {}, {}, {}, {name: name for name in targets})
     buffer = torch.empty(CHUNK, dtype=torch.uint8)
@@ -106,19 +102,6 @@ def _of_checkpoint(opened: Checkpoint, threads: int | None) -> Iterator[tuple[st
             )
 
 
-Owner = tuple[str, str, int]  # module path, role, place among the role's tensors
-
-
-def _owners(modules: Mapping[str, Module]) -> dict[str, Owner]:
-    return {
-        name: (path, role, place)
-        for path, module in modules.items()
-        for role, names in module.tensors.items()
-        for place, name in enumerate(names)
-        if name is not None
-    }
-
-
 def _of_tensor(
     name: str,
     owner: Owner | None,
@@ -132,44 +115,14 @@ def _of_tensor(
         return
     if owner is None or module is None:
         key = family.canonical(name) if family is not None else name
-        yield key, _plain(shape, runs, local)
+        yield key, plain_sum(shape, runs, local)
         return
-    row = module.layout.row(owner[1])
-    named = name_index(row, owner[2], module.sizes)
-    for box in boxes_of(row, module.sizes, runs):
-        at = {axis: (i, 1) for axis, i in named.items()} | dict(zip(box.axes, box.runs, strict=True))
-        step = dict(zip(box.axes, ((n * local.stride(dim)) for dim, n in box.steps), strict=True))
-        base = local.storage_offset() + sum(i * s for i, s in zip(box.start, local.stride(), strict=True))
-        one: Run = (0, 1)
-        matrix = [axis for axis in ORDER[row.base] if axis in at] or [None]
-        rest = [axis for axis in at if axis not in (*ORDER[row.base], "e", "p")]
-        rows, cols = ([None, matrix[0]] if len(matrix) == 1 else matrix)[:2]
-        for e, p, *others in product(
-            *(range(at.get(axis, one)[1]) for axis in ("e", "p")), *(range(at[axis][1]) for axis in rest)
-        ):
-            place = dict(zip(("e", "p", *rest), (e, p, *others), strict=True))
-            offset = base + sum(i * step.get(axis, 0) for axis, i in place.items())
-            r, c = (at[axis] if axis is not None else one for axis in (rows, cols))
-            strides = [step.get(axis, 0) if axis is not None else 0 for axis in (rows, cols)]
-            view = local.as_strided((r[1], c[1]), strides, offset)
-            number = bilinear(view, torch.arange(r[0], r[0] + r[1]), torch.arange(c[0], c[0] + c[1]))
-            extra = "".join(f".{at[axis][0] + place[axis]}" for axis in rest)
-            yield _key(owner, module, at, place, family) + extra, number
+    for view in leaf_views(owner, module, runs, local, family):
+        rows, cols = (torch.arange(start, start + count) for start, count in (view.rows, view.cols))
+        yield view.key, bilinear(view.matrix, rows, cols)
 
 
-def _key(
-    owner: Owner, module: Module, at: Mapping[str, Run], place: Mapping[str, int], family: Family | None
-) -> str:
-    path, role, _ = owner
-    layer, number = family.place(path) if family is not None else (path, 0)
-    labels = family.labels if family is not None else ("gate", "up")
-    e, p = (at.get(axis, (0, 1))[0] + place[axis] for axis in ("e", "p"))
-    base, _, rest = role.partition(".")
-    word = labels[p] if base == "in" else "down"
-    return f"{layer}.experts{number or ''}.{e}.{word}" + (f".{rest}" if rest else "")
-
-
-def _plain(shape: tuple[int, ...], runs: Runs, local: torch.Tensor) -> int:
+def plain_sum(shape: tuple[int, ...], runs: Runs, local: torch.Tensor) -> int:
     """A tensor outside the experts: rows are all dims but the last, flattened as in the whole tensor."""
     if not shape:
         return bilinear(local.reshape(1, 1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))

@@ -19,6 +19,7 @@ import torch
 from restow.checkpoint import Checkpoint, survey
 from restow.entries import Entry, Piece
 from restow.errors import (
+    IntegrityError,
     MissingTensorError,
     PrecisionError,
     UnexpectedTensorError,
@@ -30,11 +31,14 @@ from restow.landing import Experts, Wish
 from restow.layout import Layout
 from restow.naming import Rename, renamed
 from restow.opening import family_of, open_checkpoint
-from restow.planning import default_targets, make_plan
+from restow.planning import default_targets, make_plan, prepare
 from restow.plans import Plan
+from restow.problems import Problem, merged
 from restow.targets import Shard
+from restow.torch.check import check_load
 from restow.torch.dtypes import narrows
-from restow.torch.read import Progress, run_plan
+from restow.torch.execute import execute
+from restow.torch.read import Progress
 from restow.torch.storage import Into, Slots, named_as, slot_of, slots_of
 
 Source = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
@@ -152,6 +156,7 @@ def load(
     threads: int | None = None,
     progress: Progress | bool | None = None,
     strict: bool = False,
+    check: bool = False,
 ) -> LoadReport:
     """Fill `into` from `source`, in place. Nothing is replaced, nothing is communicated, nothing is left unsaid.
 
@@ -179,7 +184,7 @@ def load(
         warnings.append(f"tied in the destination, so the source's own values were not read: {names}")
     if slots.buffers:
         warnings.append(f"not filled, since no checkpoint holds them: buffers {', '.join(slots.buffers[:20])}")
-    booked = run_plan(
+    booked = execute(
         made,
         {name: slot.local for name, slot in slots.slots.items()},
         root=opened.path,
@@ -189,6 +194,11 @@ def load(
         progress=_bar() if progress is True else (progress or None),
     )
     filled = {made.targets[copy.target].name for copy in made.copies}
+    if check:
+        told = _checked(opened, slots, wish, made, source if isinstance(source, Mapping) else None, threads)
+        if strict and told:
+            raise merged([problem.error for problem in told])
+        warnings += [str(problem.error) for problem in told]
     return LoadReport(
         bytes_read=booked.bytes_read,
         bytes_written=booked.bytes_written,
@@ -211,6 +221,23 @@ def _known_to(opened: Checkpoint, family: Family | None, rename: Rename) -> Call
     return lambda name: name in names or (kin is not None and kin.canonical(name) in canonical)
 
 
+def _checked(
+    opened: Checkpoint, slots: Slots, wish: Wish, made: Plan, memory: Mapping[str, torch.Tensor] | None,
+    threads: int | None,
+) -> Sequence[Problem]:
+    """Prove a load by a second read; what the values show, and what could not be proved."""
+    prepared = prepare(opened, [slot.target for slot in slots.slots.values()], wish)
+    tensors = {name: slot.local for name, slot in slots.slots.items()}
+    skipped, told = check_load(prepared, {t.name: t for t in made.targets}, tensors, memory, threads)
+    fatal = [problem.error for problem in told if problem.fatal]
+    if fatal:
+        raise merged(fatal)
+    if skipped:
+        found = f"{len(skipped)} that were decoded on the way, such as {show(skipped[0])}"
+        told = (*told, Problem(IntegrityError("tensors that can be compared with the files", found), False))
+    return told
+
+
 def _bar() -> Progress:
     from restow.progress import bar
 
@@ -231,9 +258,8 @@ def _allowed(names: Sequence[str], patterns: Sequence[str], option: str, error: 
 
 
 def _missing_error(opened: Checkpoint) -> Any:
-    files = sorted({entry.pieces[0].file for entry in opened.tensors.values() if entry.pieces[0].file})
-
     def error(names: Sequence[str]) -> MissingTensorError:
+        files = sorted({entry.pieces[0].file for entry in opened.tensors.values() if entry.pieces[0].file})
         return MissingTensorError(
             "every tensor of the destination in the source",
             f"{len(names)} that it does not hold",

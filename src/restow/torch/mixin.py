@@ -1,8 +1,10 @@
-"""`MoESplitExpertsStateDictMixin`: the class that NeMo AutoModel's MoE adapters inherit, as a thin face of the core.
+"""`MoESplitExpertsStateDictMixin`: the class that NeMo AutoModel's MoE adapters inherit, as a thin face of
+the core.
 
-Names, signatures and meaning are theirs; the storage orders are the rows of `mixin_rows` and the moves between them.
-Shapes below: E experts (e of them on this rank), D model, I expert hidden, G = 2 I for gated experts, else I, r rank.
-What upstream did in silence and wrong raises here; docs/coming-from-nemo.md lists every difference.
+Names, signatures and meaning are theirs; the storage orders are the rows of `mixin_rows` and the moves
+between them. Shapes below: E experts (e of them on this rank), D model, I expert hidden, G = 2 I for gated
+experts, else I, r rank. What upstream did in silence and wrong raises here; docs/coming-from-nemo.md lists
+every difference.
 """
 
 from __future__ import annotations
@@ -25,18 +27,22 @@ from restow.torch.storage import unwrapped
 
 
 class MoESplitExpertsStateDictMixin(PeftMembers):
-    """Conversion between Hugging Face's tensors per expert and grouped experts. Inherit it, and set in `__init__`:
+    """Conversion between Hugging Face's tensors per expert and grouped experts. Inherit it, and set in
+    `__init__`:
 
-    `config`, `moe_config` (with `n_routed_experts`, `moe_inter_dim`, `expert_activation`), `backend` (`experts` and
-    `dispatcher` are read), `dtype` and `_uses_model_prefix`: the protocol `restow.torch.mixin_host.Host`. A member
-    that misses one raises `UsageError`. Names are matched by their ends: any prefix is converted, and kept.
+    `config`, `moe_config` (with `n_routed_experts`, `moe_inter_dim`, `expert_activation`), `backend`
+    (`experts` and `dispatcher` are read), `dtype` and `_uses_model_prefix`: the protocol
+    `restow.torch.mixin_host.Host`. A member that misses one raises `UsageError`. Names are matched by their
+    ends: any prefix is converted, and kept.
     """
 
     # Places to override.
 
     @property
     def _is_gated_moe(self) -> bool:
-        """Whether experts have a gate (SwiGLU, quick-GEGLU) or only an up projection (ReLU2), by their activation."""
+        """Whether experts have a gate (SwiGLU, quick-GEGLU) or only an up projection (ReLU2), by their
+        activation.
+        """
         config = needed(self, "moe_config", "its experts' configuration")
         return gated(getattr(config, "expert_activation", None))
 
@@ -54,7 +60,8 @@ class MoESplitExpertsStateDictMixin(PeftMembers):
 
     @property
     def view_loaded_native_keys(self) -> set[str]:
-        """Native names that the last `from_hf` left out since their data came through views into the model's memory.
+        """Native names that the last `from_hf` left out since their data came through views into the model's
+        memory.
 
         They are no missing keys. Reset by `_from_hf_w_merged_experts(reset_view_loaded_keys=True)`.
         """
@@ -63,9 +70,10 @@ class MoESplitExpertsStateDictMixin(PeftMembers):
     def _register_inplace_loaded_key(self, fqn: str, prefix_override: str | None) -> None:
         """Note that native `fqn` is loaded through views; the next `_from_hf_w_merged_experts` leaves it out.
 
-        Without `prefix_override`, if the name begins with it and it ends in a dot, since a second namespace (`mtp.`)
-        is converted with its prefix taken off. A name that the converter registers counts only while the values given
-        back are still views of the memory it lent: a save, or a cast in between, leaves nothing behind.
+        Without `prefix_override`, if the name begins with it and it ends in a dot, since a second namespace
+        (`mtp.`) is converted with its prefix taken off. A name that the converter registers counts only while
+        the values given back are still views of the memory it lent: a save, or a cast in between, leaves
+        nothing behind.
         """
         self._registered().add(_tracked(fqn, prefix_override))
 
@@ -74,9 +82,9 @@ class MoESplitExpertsStateDictMixin(PeftMembers):
     def _split_experts_weights(self, weight: torch.Tensor, n_experts: int) -> list[torch.Tensor]:
         """A grouped tensor [E, ...] as views [...], one per expert of this rank, in order; any dtype.
 
-        Of a DTensor the local experts, by DTensor's own ranges (uneven ones too): plain tensors where no mesh dim of
-        several ranks is left, else DTensors on those dims. Raises `ExpertShapeError` (a ValueError) where the global
-        first dim is not `n_experts`. Unlike upstream it leaves no `_last_expert_ids` behind.
+        Of a DTensor the local experts, by DTensor's own ranges (uneven ones too): plain tensors where no mesh
+        dim of several ranks is left, else DTensors on those dims. Raises `ExpertShapeError` (a ValueError)
+        where the global first dim is not `n_experts`. Unlike upstream it leaves no `_last_expert_ids` behind.
         """
         if weight.ndim == 0 or weight.shape[0] != n_experts:
             raise ExpertShapeError(f"{n_experts} experts as the first dim", f"shape {list(weight.shape)}")
@@ -87,15 +95,16 @@ class MoESplitExpertsStateDictMixin(PeftMembers):
     ) -> Pairs | None:
         """One native tensor as (name, tensor) pairs for Hugging Face, or None if it is none of the experts'.
 
-        `gate_and_up_projs` [E, D, G] gives gate and up [I, D] per expert, `down_projs` [E, I, D] gives [D, I]; biases
-        and LoRA alike; dtypes stay. Only experts of this rank. Of a DTensor whose local experts are plain the pairs
-        are strided views of its memory, whoever calls, and the name is registered: save them through `materialized`.
-        Else they are contiguous: plain tensors, DTensors that cut one expert (ep_shard > 1; DTensors again), meta
-        tensors, `quantization=True` (the caller casts them), backends whose grouped tensors are copies.
-        `for_checkpoint_load=True` asks for views of plain tensors too. `prefix_override` replaces `_hf_prefix`;
-        `v4_compatible=True` writes LoRA per expert, `legacy_paramwrapper_layout=True` as PEFT 0.18; other kwargs are
-        absorbed. Raises `ExpertShapeError` for a shape that the sizes do not give (upstream let `down_projs` through
-        unconverted), `UsageError` for a name without `layers.` or placements that cut `(p f)`.
+        `gate_and_up_projs` [E, D, G] gives gate and up [I, D] per expert, `down_projs` [E, I, D] gives [D,
+        I]; biases and LoRA alike; dtypes stay. Only experts of this rank. Of a DTensor whose local experts
+        are plain the pairs are strided views of its memory, whoever calls, and the name is registered: save
+        them through `materialized`. Else they are contiguous: plain tensors, DTensors that cut one expert
+        (ep_shard > 1; DTensors again), meta tensors, `quantization=True` (the caller casts them), backends
+        whose grouped tensors are copies. `for_checkpoint_load=True` asks for views of plain tensors too.
+        `prefix_override` replaces `_hf_prefix`; `v4_compatible=True` writes LoRA per expert,
+        `legacy_paramwrapper_layout=True` as PEFT 0.18; other kwargs are absorbed. Raises `ExpertShapeError`
+        for a shape that the sizes do not give (upstream let `down_projs` through unconverted), `UsageError`
+        for a name without `layers.` or placements that cut `(p f)`.
         """
         place = self._place(fqn)
         if place is None:
@@ -124,10 +133,11 @@ class MoESplitExpertsStateDictMixin(PeftMembers):
         return [(f"{base}.{name}", value) for name, value in pairs.items()]
 
     def _to_hf_w_split_experts(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """A native state dict for Hugging Face: experts as above, every other value as it is, under its own name.
+        """A native state dict for Hugging Face: experts as above, every other value as it is, under its own
+        name.
 
-        `kwargs` go to `_convert_single_merged_expert_to_hf_split_experts`. Raises `AmbiguousTensorError` where two
-        native tensors become one name, of which upstream kept the last.
+        `kwargs` go to `_convert_single_merged_expert_to_hf_split_experts`. Raises `AmbiguousTensorError`
+        where two native tensors become one name, of which upstream kept the last.
         """
         out: dict[str, Any] = {}
         for fqn, tensor in state_dict.items():
@@ -146,10 +156,11 @@ class MoESplitExpertsStateDictMixin(PeftMembers):
     def _validate_expert_availability(
         self, hf_state_dict: Mapping[str, Any], n_experts: int, device_mesh: DeviceMesh | None = None
     ) -> None:
-        """Check that each experts module in the dict has every projection of every expert that this rank needs.
+        """Check that each experts module in the dict has every projection of every expert that this rank
+        needs.
 
-        Rank-local, names only; with `device_mesh` the experts of its `ep` dim. A dict without any expert passes. Raises
-        `MissingExpertsError` (a RuntimeError) that names what is missing.
+        Rank-local, names only; with `device_mesh` the experts of its `ep` dim. A dict without any expert
+        passes. Raises `MissingExpertsError` (a RuntimeError) that names what is missing.
         """
         self._load(facts_of(self)._replace(experts=n_experts), hf_state_dict, device_mesh).check_complete()
 
@@ -159,18 +170,21 @@ class MoESplitExpertsStateDictMixin(PeftMembers):
         device_mesh: DeviceMesh | None = None,
         reset_view_loaded_keys: bool = True,
     ) -> dict[str, Any]:
-        """A state dict from Hugging Face as native: experts grouped in `self.dtype`, LoRA too, all else as it is.
+        """A state dict from Hugging Face as native: experts grouped in `self.dtype`, LoRA too, all else as it
+        is.
 
-        gate and up [I, D] of each expert become `gate_and_up_projs` [E, D, G], down [D, I] `down_projs` [E, I, D],
-        biases [E, G] and [E, D]; on a mesh as DTensors of these global shapes: experts over `ep`, dim 1 over
-        `ep_shard`, copies over `ep_replicate`. Values are whole plain tensors, or DTensors that hold this rank's part.
-        The dict is consumed: sources go as soon as their group is filled, so the peak is one group beyond the input.
-        Groups that came through views are left out and listed in `view_loaded_native_keys`, which this call empties
-        first unless `reset_view_loaded_keys` is False (a second namespace of the same load).
+        gate and up [I, D] of each expert become `gate_and_up_projs` [E, D, G], down [D, I] `down_projs` [E,
+        I, D], biases [E, G] and [E, D]; on a mesh as DTensors of these global shapes: experts over `ep`, dim
+        1 over `ep_shard`, copies over `ep_replicate`. Values are whole plain tensors, or DTensors that hold
+        this rank's part. The dict is consumed: sources go as soon as their group is filled, so the peak is
+        one group beyond the input. Groups that came through views are left out and listed in
+        `view_loaded_native_keys`, which this call empties first unless `reset_view_loaded_keys` is False (a
+        second namespace of the same load).
 
-        Raises before it takes anything: `MissingExpertsError` (a RuntimeError), `UnexpectedTensorError` for tensors of
-        single experts that have no place (upstream dropped or passed them), `QuantizationError` for values that were
-        not dequantised (upstream dropped their scales), `ExpertShapeError`, `AdapterError`, and those of LoRA.
+        Raises before it takes anything: `MissingExpertsError` (a RuntimeError), `UnexpectedTensorError` for
+        tensors of single experts that have no place (upstream dropped or passed them), `QuantizationError`
+        for values that were not dequantised (upstream dropped their scales), `ExpertShapeError`,
+        `AdapterError`, and those of LoRA.
         """
         if reset_view_loaded_keys:
             self._view_loaded_native_keys = set()
@@ -184,9 +198,11 @@ class MoESplitExpertsStateDictMixin(PeftMembers):
     def _concatenate_expert_weights(
         self, expert_weights_by_layer: dict[str, Any], n_experts: int
     ) -> torch.Tensor | None:
-        """The first complete set of {layer: {name: {expert: [...]}}} as one tensor [n_experts, ...]; None while none is.
+        """The first complete set of {layer: {name: {expert: [...]}}} as one tensor [n_experts, ...]; None
+        while none is.
 
-        The set is taken out of the dict. Raises `ExpertShapeError` where its numbers are not 0 to n_experts - 1.
+        The set is taken out of the dict. Raises `ExpertShapeError` where its numbers are not 0 to n_experts -
+        1.
         """
         for layer, names in expert_weights_by_layer.items():
             for name, experts in names.items():
@@ -222,7 +238,9 @@ class MoESplitExpertsStateDictMixin(PeftMembers):
         return found
 
     def _place(self, fqn: str) -> tuple[Facts, str, Row] | None:
-        """(facts, the path from `layers.` on, the row) of a native name; None for names that are not the experts'."""
+        """(facts, the path from `layers.` on, the row) of a native name; None for names that are not the
+        experts'.
+        """
         path, _, last = unwrapped(fqn).rpartition(".")
         row = row_named(GROUPED, last) or row_named(LORA, last)
         if row is None or not f".{path}".endswith(f".{self._expert_path_segment}"):
@@ -238,7 +256,9 @@ def _tracked(fqn: str, prefix: str | None) -> str:
 
 
 def materialized(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`state_dict` with contiguous copies in place of views, as savers need them; the same dict, changed in place."""
+    """`state_dict` with contiguous copies in place of views, as savers need them; the same dict, changed in
+    place.
+    """
     for name, value in state_dict.items():
         if isinstance(value, torch.Tensor) and not value.is_contiguous():
             state_dict[name] = value.contiguous()

@@ -1,7 +1,9 @@
-"""What the mixin asks of the class that inherits it: a documented protocol, and the facts that it gives, checked.
+"""What the mixin asks of the class that inherits it: a documented protocol, and the facts that it gives,
+checked.
 
-Raises `UsageError` where an attribute is missing or is nothing that the experts can have; nothing is asked for before
-it is needed, so that a model without experts can leave `moe_config` None as long as it has no expert tensors.
+Raises `UsageError` where an attribute is missing or is nothing that the experts can have; nothing is asked
+for before it is needed, so that a model without experts can leave `moe_config` None as long as it has no
+expert tensors.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ class MoEConfig(Protocol):
 class Host(Protocol):
     """What a subclass sets in its `__init__`, and may override.
 
-    `config` (the model's, not read here), `moe_config`, `backend` (its `experts` and `dispatcher` say whether grouped
-    tensors are the parameters themselves; None means yes), `dtype` (of the tensors that `from_hf` makes), and
-    `_uses_model_prefix` (whether names for Hugging Face begin with `model.`; not read where `_hf_prefix` is
-    overridden).
+    `config` (the model's, not read here), `moe_config`, `backend` (its `experts` and `dispatcher` say whether
+    grouped tensors are the parameters themselves; None means yes), `dtype` (of the tensors that `from_hf`
+    makes), and `_uses_model_prefix` (whether names for Hugging Face begin with `model.`; not read where
+    `_hf_prefix` is overridden).
     """
 
     config: Any
@@ -74,7 +76,9 @@ class Facts(NamedTuple):
 
 
 def facts_of(host: Host) -> Facts:
-    """The facts of a host. Raises `UsageError` for what is missing or no number of experts or hidden units."""
+    """The facts of a host. Raises `UsageError` for what is missing or no number of experts or hidden
+    units.
+    """
     config = needed(host, "moe_config", "its experts' configuration")
     if config is None:
         raise UsageError(
@@ -121,7 +125,8 @@ def output_dtype(host: object) -> torch.dtype:
 
 
 def is_parameter(host: object, role: str) -> bool:
-    """Whether the grouped tensor of a role, in a state dict, is the model's own memory, as its backend keeps it.
+    """Whether the grouped tensor of a role, in a state dict, is the model's own memory, as its backend keeps
+    it.
 
     TransformerEngine's experts show copies; MoK's show a copy for gate and up. As NeMo AutoModel 0.7 has it.
     """

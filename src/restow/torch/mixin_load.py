@@ -1,7 +1,9 @@
-"""One `from_hf`: which groups of a state dict came through views, which are to be filled, and that none is lost.
+"""One `from_hf`: which groups of a state dict came through views, which are to be filled, and that none is
+lost.
 
-A group came in place where its name was registered and its values are still views of the memory that was lent for it;
-names registered by hand are believed once. Judged first, then done: an error leaves the dict as it was.
+A group came in place where its name was registered and its values are still views of the memory that was lent
+for it; names registered by hand are believed once. Judged first, then done: an error leaves the dict as it
+was.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ class Load:
     def run(
         self, state: dict[str, Any], dtype: torch.dtype, *, other: bool
     ) -> tuple[dict[str, Any], set[str]]:
-        """Empty `state` into a native state dict; the names that were loaded in place, which it lacks, beside it.
+        """Empty `state` into a native state dict; the names that were loaded in place, which it lacks, beside
+        it.
 
         `other` is whether this is a further namespace of one load.
         """

@@ -1,8 +1,10 @@
-"""LoRA of routed experts: the grouped form that NeMo trains, one PEFT adapter per expert, and PEFT's ParamWrapper.
+"""LoRA of routed experts: the grouped form that NeMo trains, one PEFT adapter per expert, and PEFT's
+ParamWrapper.
 
-All three are rows (`mixin_rows`); the two places where they say different things are here. Grouped experts share one A
-between gate and up: going out it is written for both, coming in both must be equal. And PEFT changed which matrix of a
-wrapped parameter is called A in 0.19.1: a stamp or the shapes decide, never a guess.
+All three are rows (`mixin_rows`); the two places where they say different things are here. Grouped experts
+share one A between gate and up: going out it is written for both, coming in both must be equal. And PEFT
+changed which matrix of a wrapped parameter is called A in 0.19.1: a stamp or the shapes decide, never a
+guess.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from restow.torch.storage import slot_of
 
 
 def to_experts(name: str, tensor: torch.Tensor, row: Row, facts: Facts) -> dict[str, torch.Tensor]:
-    """A grouped LoRA tensor as PEFT's, one or two per expert, below the module's path; contiguous, expert by expert.
+    """A grouped LoRA tensor as PEFT's, one or two per expert, below the module's path; contiguous, expert by
+    expert.
 
     The one A of gate and up is written for both. Raises `ExpertShapeError`.
     """
@@ -42,8 +45,8 @@ def to_experts(name: str, tensor: torch.Tensor, row: Row, facts: Facts) -> dict[
 def recombined(state: dict[str, Any], facts: Facts) -> dict[str, Any]:
     """`state` with every per-expert LoRA set as grouped tensors below the same prefix; all else as it is.
 
-    Raises `MissingExpertsError` for sets that lack tensors, by name, and `AdapterError` where gate and up have A's of
-    their own, which one grouped A cannot hold.
+    Raises `MissingExpertsError` for sets that lack tensors, by name, and `AdapterError` where gate and up
+    have A's of their own, which one grouped A cannot hold.
     """
     rows = with_labels(LORA_SPLIT, facts.gated)
     found = groups_of(list(state), rows, facts.segment)
@@ -58,7 +61,9 @@ def recombined(state: dict[str, Any], facts: Facts) -> dict[str, Any]:
         try:
             check_complete({path: groups}, started, facts.sizes, {(path, row.role): every for row in started})
         except MissingTensorError as error:
-            error.hint = "an adapter of some experts or projections only: fill it up, or convert it first with restow.lora"
+            error.hint = (
+                "an adapter of some experts or projections: fill it up, or convert it with restow.lora first"
+            )
             raise
     gone = {name for group in found.values() for name in group.names.values()}
     out = {name: value for name, value in state.items() if name not in gone}
@@ -75,7 +80,9 @@ def _side(row: Row) -> str:
 
 
 def _shared(group: Group, state: Mapping[str, Any]) -> Group:
-    """A group of A's that are equal over `p`, as that of the first projection. Raises `AdapterError` otherwise."""
+    """A group of A's that are equal over `p`, as that of the first projection. Raises `AdapterError`
+    otherwise.
+    """
     at = group.row.name_axes.index("p")
     labels = group.row.labels["p"]
     first = {index: name for index, name in group.names.items() if index[at] == 0}
@@ -101,7 +108,8 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def wrapped(name: str, tensor: torch.Tensor, row: Row, facts: Facts, form: str) -> tuple[str, torch.Tensor]:
-    """A grouped LoRA tensor as PEFT's ParamWrapper holds it: (name below the experts module, tensor of two dims).
+    """A grouped LoRA tensor as PEFT's ParamWrapper holds it: (name below the experts module, tensor of two
+    dims).
 
     `form` is a key of `LORA_WRAPPED`. Raises `AdapterError` for a DTensor of which this rank holds a part.
     """
@@ -123,9 +131,9 @@ def unwrapped_native(
 ) -> dict[str, Any]:
     """`state` with PEFT's ParamWrapper tensors below `segment` as grouped LoRA tensors; all else as it is.
 
-    `hint` is a stamp, a key of `LORA_WRAPPED`; without it the shapes must admit exactly one form, for all tensors
-    together. `d` is the model's hidden size where it is known. Raises `AdapterError` where stamp and shapes disagree,
-    or neither settles it.
+    `hint` is a stamp, a key of `LORA_WRAPPED`; without it the shapes must admit exactly one form, for all
+    tensors together. `d` is the model's hidden size where it is known. Raises `AdapterError` where stamp and
+    shapes disagree, or neither settles it.
     """
     found: dict[str, tuple[str, str]] = {}  # name -> (path above the segment, name below it)
     for name in state:
@@ -147,7 +155,7 @@ def unwrapped_native(
             "tensors of neither" if not fits else "tensors that both admit",
             tensor=next(iter(found)),
             sections=[("tensors", shapes)],
-            hint="PEFT 0.19.1 exchanged A and B of wrapped experts: convert the adapter with restow.lora, naming its form",
+            hint="PEFT 0.19.1 exchanged A and B: convert the adapter with restow.lora, naming its form",
         )
     ((form, solved),) = fits.items()
     out = {name: value for name, value in state.items() if name not in found}
@@ -163,7 +171,9 @@ def unwrapped_native(
 def _fit(
     state: Mapping[str, Any], found: Mapping[str, tuple[str, str]], layout: Layout, sizes: Sizes
 ) -> dict[str, dict[str, int]] | None:
-    """The sizes of every tensor as `layout` has it, agreeing on `d` over all, and on `r` over A and B; or None."""
+    """The sizes of every tensor as `layout` has it, agreeing on `d` over all, and on `r` over A and B; or
+    None.
+    """
     shared: dict[tuple[str, str], dict[str, int]] = {}
     common = dict(sizes)
     out = {}

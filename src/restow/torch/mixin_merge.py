@@ -1,8 +1,9 @@
-"""From Hugging Face to native: one tensor per expert and projection, gathered into grouped tensors, each filled once.
+"""From Hugging Face to native: one tensor per expert and projection, gathered into grouped tensors, each
+filled once.
 
-Names are matched by their ends, so any prefix is taken and kept. Everything is judged before the first value is let
-go: missing experts, numbers and names that the model has no place for, shapes, quantised values. Then each grouped
-tensor is allocated at its final size and filled by the planned moves, with nothing in between.
+Names are matched by their ends, so any prefix is taken and kept. Everything is judged before the first value
+is let go: missing experts, numbers and names that the model has no place for, shapes, quantised values. Then
+each grouped tensor is allocated at its final size and filled by the planned moves, with nothing in between.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def groups_of(names: Sequence[str], layout: Layout, segment: str) -> dict[tuple[
 
 
 def check_names(state: Mapping[str, Any], layouts: Sequence[Layout], segment: str, experts: int) -> None:
-    """Raise for tensors of single experts that would be lost: other projections, scales, numbers that are too high."""
+    """Raise for tensors of single experts that would be lost: other projections, scales, numbers that are too
+    high.
+    """
     claimed = {
         n
         for lay in layouts
@@ -120,9 +123,9 @@ def check_complete(
             tensor=missing[0],
             sections=[
                 ("missing", map(show, missing)),
-                ("fact", [f"Expert weights missing from checkpoint{rank}: {len(missing)}/{total} required weights not found"]),
+                ("fact", [f"Expert weights missing from checkpoint{rank}: {len(missing)}/{total} required"]),
             ],
-            hint="nothing is filled in their place: the checkpoint may be incomplete, or to_hf was asked for other ones",
+            hint="nothing is filled in their place: get the checkpoint, or the rest of it, again",
         )  # fmt: skip
 
 
@@ -137,9 +140,9 @@ def merge(
 ) -> torch.Tensor:
     """The grouped tensor of `target` that a group of `state` fills, on this rank's part of `mesh`.
 
-    `dtype` None keeps the sources' own. Raises `ExpertShapeError` for shapes that differ from each other or from
-    `sizes`, `QuantizationError` for values that are no floats of 16 bits or more, and where the values given to this
-    rank do not hold its part.
+    `dtype` None keeps the sources' own. Raises `ExpertShapeError` for shapes that differ from each other or
+    from `sizes`, `QuantizationError` for values that are no floats of 16 bits or more, and where the values
+    given to this rank do not hold its part.
     """
     values = {index: state[name] for index, name in group.names.items()}
     sizes = sizes_of(group, values, sizes)

@@ -1,8 +1,10 @@
-"""Grouped experts on a device mesh: which experts a rank holds, and on what mesh one expert of them still lies.
+"""Grouped experts on a device mesh: which experts a rank holds, and on what mesh one expert of them still
+lies.
 
-Every range is DTensor's own (`storage.runs_at`), so uneven numbers of experts agree with what DTensor holds: 10 on 4
-ranks are 3, 3, 3, 1. Nothing communicates. Rejected by name: placements that one expert's tensor cannot have, and
-meshes with dims other than ep, ep_shard and ep_replicate where a tensor is to be placed on them.
+Every range is DTensor's own (`storage.runs_at`), so uneven numbers of experts agree with what DTensor holds:
+10 on 4 ranks are 3, 3, 3, 1. Nothing communicates. Rejected by name: placements that one expert's tensor
+cannot have, and meshes with dims other than ep, ep_shard and ep_replicate where a tensor is to be placed on
+them.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Spread(NamedTuple):
         return runs_at(name, self.placements, tuple(self.mesh.shape), tuple(at), shape)
 
     def wrapped(self, local: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """`local` as this rank's part of a tensor of this global shape: a DTensor, or itself where there is no mesh."""
+        """`local` as this rank's part of a tensor of this global shape: a DTensor, or itself where there is
+        no mesh.
+        """
         if self.mesh is None:
             return local
         stride = strides_of(tuple(shape))
@@ -55,9 +59,11 @@ HERE = Spread(None)
 
 
 def grouped_spread(mesh: DeviceMesh | None) -> Spread:
-    """Where grouped experts lie on a mesh of ep, ep_shard, ep_replicate: experts over ep, dim 1 over ep_shard.
+    """Where grouped experts lie on a mesh of ep, ep_shard, ep_replicate: experts over ep, dim 1 over
+    ep_shard.
 
-    As NeMo places them: without ep_shard and ep_replicate where both have one rank. Raises `UsageError` for other dims.
+    As NeMo places them: without ep_shard and ep_replicate where both have one rank. Raises `UsageError` for
+    other dims.
     """
     if mesh is None:
         return HERE
@@ -92,10 +98,11 @@ def numbers(runs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
 
 
 def one_expert(name: str, tensor: torch.Tensor, dim: int = 0) -> Spread:
-    """Where one expert of a grouped tensor lies: the mesh without the dims that cut `dim`, placements as they were.
+    """Where one expert of a grouped tensor lies: the mesh without the dims that cut `dim`, placements as they
+    were.
 
-    `HERE` where that leaves one rank: then every expert of the local tensor is a plain tensor, the plain local split.
-    Raises `UsageError` for a mesh without names that it would have to cut.
+    `HERE` where that leaves one rank: then every expert of the local tensor is a plain tensor, the plain
+    local split. Raises `UsageError` for a mesh without names that it would have to cut.
     """
     if not isinstance(tensor, DTensor):
         return HERE
@@ -118,9 +125,11 @@ def one_expert(name: str, tensor: torch.Tensor, dim: int = 0) -> Spread:
 
 
 def moved(name: str, spread: Spread, source: Row, target: Row, sizes: Sizes) -> Spread:
-    """`spread` for a tensor of `target` in place of one of `source`: each cut dim where the other row has its axis.
+    """`spread` for a tensor of `target` in place of one of `source`: each cut dim where the other row has its
+    axis.
 
-    Raises `UsageError` where one has no such dim of its own (a cut through `(p f)` leaves no whole projection).
+    Raises `UsageError` where one has no such dim of its own (a cut through `(p f)` leaves no whole
+    projection).
     """
     places: list[Placement] = []
     for placement in spread.placements:

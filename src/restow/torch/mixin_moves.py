@@ -1,8 +1,9 @@
-"""One role of one experts module, from one row to another, in memory: as views of what is there, or filled in place.
+"""One role of one experts module, from one row to another, in memory: as views of what is there, or filled in
+place.
 
-A thin layer over `moves`: it makes the plan that a load of these tensors would have and runs it, or reads strides off
-it. What it is given are locally held parts with the runs that they hold. Raises `ShapeMismatchError` where those do
-not hold all that is asked for, and what `moves` raises.
+A thin layer over `moves`: it makes the plan that a load of these tensors would have and runs it, or reads
+strides off it. What it is given are locally held parts with the runs that they hold. Raises
+`ShapeMismatchError` where those do not hold all that is asked for, and what `moves` raises.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def fill(
     wanted: Mapping[Index, Runs],
     into: Mapping[Index, torch.Tensor],
 ) -> None:
-    """Write every wanted tensor of `target` into its place in `into`: local tensors of the shapes their runs give."""
+    """Write every wanted tensor of `target` into its place in `into`: local tensors of the shapes their runs
+    give.
+    """
     if all(tensor.device.type == "meta" or not tensor.numel() for tensor in into.values()):
         return
     plan, memory = _plan(source, target, sizes, held, wanted, into)
@@ -80,7 +83,9 @@ def _plan(
     wanted: Mapping[Index, Runs],
     into: Mapping[Index, torch.Tensor],
 ) -> tuple[Plan, dict[str, torch.Tensor]]:
-    """The plan, and the memory that its parts name. Targets are given by what is held of them, as whole tensors."""
+    """The plan, and the memory that its parts name. Targets are given by what is held of them, as whole
+    tensors.
+    """
     frozen = freeze(sizes)
     have, want = indices(source, sizes), indices(target, sizes)
     made = _cover(_side(source, frozen, have, {i: runs for i, (runs, _) in held.items()}),

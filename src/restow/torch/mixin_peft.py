@@ -1,4 +1,5 @@
-"""The LoRA members of the mixin, and what loaders of later releases ask of it. The storage orders are `mixin_rows`.
+"""The LoRA members of the mixin, and what loaders of later releases ask of it. The storage orders are
+`mixin_rows`.
 
 E experts, D model, I expert hidden, G = 2 I for gated experts, else I, r rank. The attributes are those of
 `mixin_host.Host`; members raise `UsageError` where one is missing.
@@ -46,9 +47,9 @@ class PeftMembers:
     ) -> Pairs:
         """A grouped LoRA tensor as PEFT's per-expert ones, contiguous, below the same prefix.
 
-        `lora_gate_and_up_A` [E, D, r] gives lora_A [r, D] for gate and for up, `_B` [E, r, G] lora_B [I, r] of each;
-        `lora_down_A` [E, I, r] gives [r, I], `_B` [E, r, D] [D, r]. Of a DTensor the experts of this rank. Raises
-        `UsageError` for another name, `ExpertShapeError`.
+        `lora_gate_and_up_A` [E, D, r] gives lora_A [r, D] for gate and for up, `_B` [E, r, G] lora_B [I, r]
+        of each; `lora_down_A` [E, I, r] gives [r, I], `_B` [E, r, D] [D, r]. Of a DTensor the experts of this
+        rank. Raises `UsageError` for another name, `ExpertShapeError`.
         """
         path, _, last = fqn.rpartition(".")
         row = row_named(LORA, last)
@@ -61,8 +62,9 @@ class PeftMembers:
     def _recombine_lora_expert_keys(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Per-expert LoRA as grouped LoRA below the same prefix, dtypes kept; every other entry as it is.
 
-        The inverse of `_convert_lora_expert_to_hf`. Raises `MissingExpertsError` for incomplete sets (upstream passed
-        them through) and `AdapterError` where gate and up differ in A (upstream dropped up's).
+        The inverse of `_convert_lora_expert_to_hf`. Raises `MissingExpertsError` for incomplete sets
+        (upstream passed them through) and `AdapterError` where gate and up differ in A (upstream dropped
+        up's).
         """
         return recombined(state_dict, facts_of(self))
 
@@ -94,7 +96,9 @@ class PeftMembers:
         return unwrapped_native(state_dict, facts_of(self), segment, hint, d if isinstance(d, int) else None)
 
     def _v5_peft_hf_expert_path_segment(self) -> str:
-        """The module that owns the parameters of `_v5_peft_target_parameters`. Raises `UsageError` for several."""
+        """The module that owns the parameters of `_v5_peft_target_parameters`. Raises `UsageError` for
+        several.
+        """
         owners = {target.rpartition(".")[0] for target in self._v5_peft_target_parameters}
         if len(owners) > 1:
             raise UsageError("target parameters of one module", ", ".join(sorted(owners)))

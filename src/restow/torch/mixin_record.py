@@ -1,8 +1,10 @@
-"""Which native tensors are filled through views: what is known of the memory, so that a record can never be wrong.
+"""Which native tensors are filled through views: what is known of the memory, so that a record can never be
+wrong.
 
-A name alone does not say that a tensor was loaded in place: a save makes the same views, and a caller may cast them to
-new memory before it reads into them. So a record keeps which storage the views lie in (weakly: it keeps no memory
-alive), and a tensor counts as loaded in place only where the values given back are still of that storage.
+A name alone does not say that a tensor was loaded in place: a save makes the same views, and a caller may
+cast them to new memory before it reads into them. So a record keeps which storage the views lie in (weakly:
+it keeps no memory alive), and a tensor counts as loaded in place only where the values given back are still
+of that storage.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Lent(NamedTuple):
-    """Memory that views were made of: its storage, the experts in it, and whether it is of another namespace (MTP)."""
+    """Memory that views were made of: its storage, the experts in it, and whether it is of another namespace
+    (MTP).
+    """
 
     storage: StorageWeakRef
     experts: tuple[int, ...]
@@ -34,20 +38,19 @@ class Record:
         )  # a copy of the model has memory of its own: only the names are true of it
 
     def lend(self, name: str, tensor: torch.Tensor, experts: tuple[int, ...], other: bool) -> None:
-        """Note that views of `tensor` were handed out under a native name; what is gone meanwhile is forgotten."""
-        new = Lent(StorageWeakRef(tensor.untyped_storage()), experts, other)
-        kept = [
-            old
-            for old in self._lent.get(name, ())
-            if not old.storage.expired() and old.storage != new.storage
-        ]
-        self._lent[name] = [*kept, new]
+        """Note that views of `tensor` were handed out under a native name; what is gone meanwhile is
+        forgotten.
+        """
+        new = Lent(_weak(tensor), experts, other)
+        old = [one for one in self._lent.get(name, ()) if one.storage != new.storage]
+        gone = [one.storage.expired() for one in old]  # type: ignore[no-untyped-call]
+        self._lent[name] = [*(one for one, lost in zip(old, gone, strict=True) if not lost), new]
 
     def holder(self, name: str, values: Iterable[torch.Tensor]) -> Lent | None:
         """The memory of `name` that all of these values are views of, or None."""
         if not self._lent.get(name):
             return None
-        found = {StorageWeakRef(value.untyped_storage()) for value in values}
+        found = {_weak(value) for value in values}
         return next((lent for lent in self._lent[name] if found == {lent.storage}), None)
 
     def knows(self, name: str) -> bool:
@@ -69,3 +72,7 @@ class Record:
             for one in lent
             if not one.experts and one.other == other
         ]
+
+
+def _weak(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

@@ -1,9 +1,11 @@
-"""The rows between which the mixin converts, as layouts: weights, biases, and three forms of LoRA. Text and no code.
+"""The rows between which the mixin converts, as layouts: weights, biases, and three forms of LoRA. Text and
+no code.
 
-`e` expert, `p` projection (gate, up), `f` expert hidden, `d` model, `r` LoRA rank. The weights are the layouts that
-have a name everywhere; the LoRA rows are here: what NeMo's grouped experts train (`LORA`), what PEFT writes for one
-`nn.Linear` per expert (`LORA_SPLIT`), and what its ParamWrapper writes for stacked experts (`LORA_WRAPPED`), by the
-version that changed which of the two matrices is called A. A role of one layout is the same role of the others.
+`e` expert, `p` projection (gate, up), `f` expert hidden, `d` model, `r` LoRA rank. The weights are the
+layouts that have a name everywhere; the LoRA rows are here: what NeMo's grouped experts train (`LORA`), what
+PEFT writes for one `nn.Linear` per expert (`LORA_SPLIT`), and what its ParamWrapper writes for stacked
+experts (`LORA_WRAPPED`), by the version that changed which of the two matrices is called A. A role of one
+layout is the same role of the others.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ def with_labels(layout: Layout, gated: bool) -> Layout:
 
 
 def one_label(row: Row, label: str) -> Row:
-    """`row` for one of its projections: `{p:gate|up}` becomes `{p:gate}`; rows without labels stay as they are."""
+    """`row` for one of its projections: `{p:gate|up}` becomes `{p:gate}`; rows without labels stay as they
+    are.
+    """
 
     def chosen(part: Part) -> Part:
         return Labels(part.axis, (label,)) if isinstance(part, Labels) else part

@@ -1,8 +1,8 @@
 """From native to Hugging Face: one grouped tensor of the experts as one tensor per expert and projection.
 
-Which element goes where is the rows' to say. Where a DTensor leaves plain experts on this rank, they are views of its
-own memory, into which a loader can read; where a mesh cuts one expert too, or the tensor is a plain one, they are
-contiguous. Rejected: global shapes that the model's sizes do not give.
+Which element goes where is the rows' to say. Where a DTensor leaves plain experts on this rank, they are
+views of its own memory, into which a loader can read; where a mesh cuts one expert too, or the tensor is a
+plain one, they are contiguous. Rejected: global shapes that the model's sizes do not give.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from restow.errors import ExpertShapeError, show
 from restow.layout import Sizes, axis_size, name_of, shape_of, solve_sizes
 from restow.notation import Row, dim_keys, parse_row
 from restow.torch.mixin_mesh import Spread, moved, numbers, one_expert
-from restow.torch.mixin_moves import Index, fill, indices, views
+from restow.torch.mixin_moves import Held, Index, fill, indices, views
 from restow.torch.storage import slot_of
 
 
@@ -42,7 +42,9 @@ class Grouped(NamedTuple):
 
 
 def grouped(name: str, tensor: torch.Tensor, row: Row, sizes: Sizes) -> Grouped:
-    """A grouped tensor of `row`. Raises `ExpertShapeError` where its global shape is not what `sizes` and row give."""
+    """A grouped tensor of `row`. Raises `ExpertShapeError` where its global shape is not what `sizes` and row
+    give.
+    """
     shape = tuple(tensor.shape)
     more = solve_sizes(row, shape, sizes)
     dim = next(i for i, one in enumerate(row.dims) if "e" in dim_keys(one))
@@ -68,7 +70,8 @@ def grouped(name: str, tensor: torch.Tensor, row: Row, sizes: Sizes) -> Grouped:
 
 
 def split(source: Grouped, target: Row, *, alias: bool) -> dict[str, torch.Tensor]:
-    """The local experts of `source` by the names of `target`, expert by expert: views where `alias`, else contiguous.
+    """The local experts of `source` by the names of `target`, expert by expert: views where `alias`, else
+    contiguous.
 
     On a mesh that cuts one expert they are DTensors of the whole expert's shape on that part of the mesh.
     """
@@ -76,7 +79,7 @@ def split(source: Grouped, target: Row, *, alias: bool) -> dict[str, torch.Tenso
     spread = moved(source.name, source.spread, source.row, target, sizes)
     runs = spread.runs(source.name, shape)
     wanted = dict.fromkeys(_local(target, sizes, source.experts), runs)
-    held = {(): (slot_of(source.name, source.tensor, meta=True).target.runs, source.local)}
+    held: Held = {(): (slot_of(source.name, source.tensor, meta=True).target.runs, source.local)}
     if alias:
         made = views(source.row, target, sizes, held, wanted)
     else:
@@ -100,7 +103,9 @@ def _local(row: Row, sizes: Sizes, experts: Iterable[int]) -> list[Index]:
 
 
 def split_any(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """The local experts of any tensor whose first dim is `count` experts, as views, in order; DTensors stay DTensors."""
+    """The local experts of any tensor whose first dim is `count` experts, as views, in order; DTensors stay
+    DTensors.
+    """
     axes = [f"x{i}" for i in range(1, weight.ndim)]
     layout = [
         parse_row(f"any {name} {' '.join(dims) or '-'}")

@@ -6,25 +6,29 @@ layout nobody said.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 
 from restow.checkpoint import Checkpoint, RouterRows, survey
 from restow.entries import Entry, Piece
-from restow.errors import UnsupportedFamilyError, UsageError, show
+from restow.errors import ConfigError, UnexpectedTensorError, UnsupportedFamilyError, UsageError, show
 from restow.family import Family
 from restow.files import open_source, read_all
 from restow.find import Module, candidates_of, find_modules
 from restow.landing import layout_of
 from restow.layout import Layout, axis_size, name_of, shape_of
-from restow.naming import Rename, renamed
+from restow.naming import Rename, fits, renamed
+from restow.opening import by_config
 from restow.outfiles import INDEX, OutFile, index_text, new_files, recorded_files
-from restow.planning import Prepared, raise_fatal
+from restow.planning import raise_fatal
 from restow.problems import merged
 from restow.sidefiles import side_files
-from restow.targets import Target
+from restow.targets import Shard, Target
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -47,44 +51,15 @@ class Outline:
             state.update(name.encode() + data)
         return state.hexdigest()
 
-    def filled(self, names: set[str], prepared: Prepared) -> set[str]:
-        """The files' tensors that a state with these names fills."""
-        source = self.checkpoint
-        found = set(prepared.plain.values())
-        roles = set(prepared.roles)
-        found |= {name for name, owner in source.expert_tensors.items() if owner in roles}
-        # Other ranks hold tensors that this one does not: the same names lead to the same places.
-        for name in source.tensors:
-            if name in found:
-                continue
-            to = renamed(name, prepared.wish.rename)
-            family = source.family
-            if to in names or (family is not None and to is not None and _same(family, to, names)):
-                found.add(name)
-        for path, module in source.modules.items():
-            for role, tensors in module.tensors.items():
-                if (path, role) not in roles and _elsewhere(source, path, names, prepared):
-                    found |= {name for name in tensors if name is not None}
-        return found
+    @property
+    def size(self) -> int:
+        """Bytes that will be written."""
+        return sum(file.size for file in self.files) + sum(map(len, self.side.values()))
 
-
-def _same(family: Family, name: str, names: set[str]) -> bool:
-    return family.canonical(name) in {family.canonical(other) for other in names}
-
-
-def _elsewhere(source: Checkpoint, path: str, names: set[str], prepared: Prepared) -> bool:
-    """Whether a rank of another pipeline stage holds an experts module: some name lies below its place."""
-    to = renamed(path, prepared.wish.rename)
-    if to is None:
-        return False
-    family = source.family
-    for name in names:
-        parent = name
-        while "." in parent:
-            parent = parent.rpartition(".")[0]
-            if parent == to or (family is not None and family.place(parent) == family.place(to)):
-                return True
-    return False
+    @property
+    def count(self) -> int:
+        """Files that will be written, with room for one to tell ranks by."""
+        return len(self.files) + len(self.side) + 1
 
 
 def entries_of(files: Sequence[OutFile]) -> dict[str, Entry]:
@@ -114,41 +89,69 @@ def like_outline(like: Checkpoint) -> Outline:
     return Outline(recorded_files(heads, like.path), side, like, like.path)
 
 
+def config_bytes(config: object) -> bytes | None:
+    """The text of a config.json: of a config of transformers as it would write it, of a dict, or at a path."""
+    text = getattr(config, "to_json_string", None)
+    if callable(text):
+        return str(text()).encode()
+    if isinstance(config, Mapping):
+        return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    if isinstance(config, str | os.PathLike):
+        return read_all(config, 1 << 24, what="a config.json", refuse=ConfigError)
+    if config is not None:
+        raise UsageError("config= as a config of transformers, a dict or a path", type(config).__name__)
+    return None
+
+
 def new_outline(
     union: Mapping[str, Target],
+    tied: Mapping[str, str],
+    shard: Shard | None,
     layout: str | Layout | None,
     family: Family | None,
     rename: Rename,
-    parts: Sequence[tuple[str, int, int]],
     dtype: str | None,
     limit: int,
     config: bytes | None,
 ) -> Outline:
     """Files for the tensors that all ranks hold together (`union`: global shapes), experts in `layout`.
 
-    `parts` are the (axis, rank, of) of plain parts; `config` the bytes of a config.json. Raises
-    `UnsupportedFamilyError` where neither family nor config says how the vendor ships experts.
+    `tied` are further names of one memory, `shard` is the part that plain expert tensors of `union` hold, `config` the
+    bytes of a config.json. Raises `UnsupportedFamilyError` where neither family nor config says how the vendor ships
+    experts, `UnexpectedTensorError` for what the vendor's files hold in a form that is no rename.
     """
-    import json
-
     table = json.loads(config) if config is not None else None
     if family is None and table is not None:
-        from restow.opening import by_config
-
         family = by_config(table, "the state")[0]
     if family is None and layout is None:
         raise UnsupportedFamilyError(
             "a family, which says how its vendor ships experts", "none",
             hint="say family=, layout= or like=",
         )  # fmt: skip
-    if parts:
-        raise UsageError("like= with shard=, which says the whole sizes", "none")
     sizes = {"p": len(family.labels) if family else 2}
     if family is not None and table is not None:
         sizes.update(family.read_sizes(table))
+    local = {}
+    if shard is not None:
+        if shard.axis not in sizes:
+            raise UsageError(
+                f"the size of {show(shard.axis)} with shard=", "none: no config says it",
+                hint="save a module that has a config, or say like=",
+            )  # fmt: skip
+        local = {shard.axis: shard.run(sizes[shard.axis])[1]}
+    again = _said_once(tied, family, table)
+    union = {name: target for name, target in union.items() if name not in again}
+    strange = [name for name in union if family is not None and any(fits(p, name, sizes) for p in family.foreign)]
+    if strange:
+        raise UnexpectedTensorError(
+            "tensors that a rename brings to the vendor's files", f"{len(strange)} that they hold in another form",
+            tensor=strange[0], sections=[("tensors", map(show, strange))],
+            hint="save them in transformers' own form, or leave them out of the state",
+        )  # fmt: skip
     shapes = {name: target.shape for name, target in union.items()}
+    candidates = candidates_of(family, None)
     found = find_modules(
-        shapes, candidates_of(family, None), sizes, claimed=lambda name: True, what="the state"
+        shapes, candidates, sizes, claimed=lambda name: True, local=local, partial=bool(local), what="the state"
     )
     if found.errors:
         raise merged(found.errors)
@@ -190,8 +193,6 @@ def _expert_specs(
     back: Rename,
     dtype: str | None,
 ) -> list[tuple[str, str, tuple[int, ...]]]:
-    from itertools import product
-
     path = _outer_name(module.path, None, back)
     if family is not None and layout is None:
         spelling = next(s for s in family.spellings if "hf" in s.names)
@@ -207,6 +208,24 @@ def _expert_specs(
             name = f"{path}.{name_of(row, index, module.sizes)}"
             specs.append((name, _dtype(given, dtype, row.exact), shape))
     return specs
+
+
+def _said_once(tied: Mapping[str, str], family: Family | None, config: Mapping[str, object] | None) -> set[str]:
+    """The names of tied tensors that are not written: all but one a memory, the head's first of all.
+
+    Where a config says that its model does not tie them, a reader wants both: then the head is written too.
+    """
+    heads = {family.canonical(p.lstrip("?")) for p in family.required if p.startswith("?")} if family else set()
+    groups: dict[str, list[str]] = {}
+    for name, first in tied.items():
+        groups.setdefault(first, [first]).append(name)
+    out: set[str] = set()
+    for names in groups.values():
+        head = {name for name in names if family is not None and family.canonical(name) in heads}
+        kept = next((name for name in names if name not in head), names[0])
+        apart = head if config is not None and family is not None and not family.ties(config) else set()
+        out |= set(names) - {kept} - apart
+    return out
 
 
 def _dtype(given: str, wanted: str | None, exact: bool) -> str:

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -87,6 +87,7 @@ class Peers:
     def _leave(self) -> None:
         """Where the store goes with this process, let the others hear first."""
         assert self._store is not None
+        self._store.set(f"left/{self.rank}", "")
         left, until = self._store.add("left", 1), time.monotonic() + LINGER
         while self._host and left < self.size and time.monotonic() < until:
             time.sleep(POLL[0])
@@ -115,20 +116,25 @@ class Peers:
         name, pause = f"{key}/{rank}", POLL[0]
         while True:
             try:
+                left = self._store.check([f"left/{rank}"])  # before the look for its text, which it left earlier
                 if self._store.check([name]):
                     return self._store.get(name).decode()
             except Exception as error:
                 raise self._no_store(key, error) from error
             self.watch(key, rank)
+            if left:
+                raise PeerFailedError(f"rank {rank} to reach '{key}'", "it gone on without", rank=self.rank)
             time.sleep(pause)
             pause = min(2 * pause, POLL[1])
 
-    def hear_all(self, key: str, mine: str) -> list[str]:
-        """Leave `mine` under `key` and hear everybody's, in the order of ranks."""
-        if self._store is None:
-            return [mine]
-        self.say(key, mine)
-        return [mine if rank == self.rank else self.hear(key, rank) for rank in range(self.size)]
+    def pool(self, key: str, mine: str, judge: Callable[[Sequence[str]], str]) -> str:
+        """What rank 0's `judge` makes of everybody's texts, in the order of ranks."""
+        if self.rank:
+            self.say(key, mine)
+            return self.hear(f"judged {key}", 0)
+        judged = judge([mine, *(self.hear(key, rank) for rank in range(1, self.size))])
+        self.say(f"judged {key}", judged)
+        return judged
 
     def watch(self, key: str, rank: int | None = None) -> None:
         """Raise if a rank has failed, or if the neighbour or `rank` no longer lives. Cheap enough to call often."""
@@ -152,7 +158,10 @@ class Peers:
         assert self._store is not None
         rank, kind, text = json.loads(self._store.get("failed"))
         if rank == self.rank:
-            return
+            raise PeerTimeoutError(
+                f"this rank to be waited for until '{key}'", "it given up by the others", rank=self.rank,
+                sections=[("they said", text.splitlines())],
+            )  # fmt: skip
         if kind == PeerTimeoutError.__name__:
             raise PeerTimeoutError(
                 f"rank {rank} to reach '{key}'", "no sign of it", rank=self.rank,
@@ -165,6 +174,8 @@ class Peers:
 
     def _look(self, rank: int, key: str, now: float) -> None:
         assert self._store is not None
+        if self._store.check([f"left/{rank}"]):
+            return  # it ended well, or its error is there
         beat = self._store.add(f"beat/{rank}", 0)
         last, since = self._beats.get(rank, (-1, now))
         if beat != last:

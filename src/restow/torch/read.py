@@ -19,17 +19,26 @@ from typing import NamedTuple
 
 import torch
 
+from restow.coding import jobs as coded_jobs
 from restow.errors import CoverageError, IntegrityError, TruncatedFileError, UsageError, show
 from restow.files import SourceFile, open_source
 from restow.plans import Copy, Part, Plan
 from restow.reads import GAP, Spans, spans
+from restow.torch.decode import Decoder
+from restow.torch.decode import Landing as Decoded
 from restow.torch.dtypes import dtype_name, torch_dtype
+from restow.torch.raw import raw
+from restow.torch.strides import contiguous_from, dot, even, places, real_places, tile_axis
 from restow.torch.tiles import move
 from restow.torch.transpose import LINE
 
-JOB = 16 << 20  # bytes of one job, where the outermost axis lets it be cut, and of what a thread takes at once
+JOB = (
+    16 << 20
+)  # bytes of one job, where the outermost axis lets it be cut, and of what a thread takes at once
 STAGE = 16 << 20  # bytes of one tile on its way to a device
-TILE = 4 << 20  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
+TILE = (
+    4 << 20
+)  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
 KEPT = 64  # storages whose bytes a thread keeps at hand
 
 Progress = Callable[[int, int], None]
@@ -216,6 +225,12 @@ def _jobs(plan: Plan) -> Iterator[_Job]:
             yield _Job(number, batch, 0, 1, itemsize)
             number += 1
             continue
+        coding = plan.parts[batch[0].source].coding
+        if coding >= 0:
+            for first, steps in coded_jobs(plan.codings[coding], batch[0].at, *pattern[:2]):
+                yield _Job(number, batch, first, steps, steps * prod(pattern.sizes[1:]))
+                number += 1
+            continue
         outer, rows, _ = spans(*pattern[:2], itemsize)
         inner = max(1, prod(pattern.sizes[1:]) * itemsize)
         step = even(pattern.sizes[0], JOB // inner, LINE // itemsize)
@@ -272,9 +287,12 @@ class _Worker:
     ) -> None:
         self._plan, self._tensors, self._memory, self._files = plan, tensors, memory, files
         self._scratch, self._cast = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
-        self._view = memoryview(self._scratch.numpy())
+        self._view = raw(self._scratch)
         self._bytes: dict[int, memoryview] = {}
-        self._due: tuple[SourceFile, int, int, list[memoryview]] | None = None  # a file's run, and where it goes
+        self._decoder = Decoder(files.get)
+        self._due: tuple[SourceFile, int, int, list[memoryview]] | None = (
+            None  # a file's run, and where it goes
+        )
 
     def run(self, jobs: Sequence[_Job]) -> tuple[int, dict[int, int]]:
         """Do jobs; the bytes read, and the elements written by target."""
@@ -289,7 +307,11 @@ class _Worker:
         sizes = (job.steps, *pattern.sizes[1:]) if pattern.sizes else ()
         at = copy.at + (job.first * pattern.source[0] if pattern.sizes else 0)
         landings = [self._landing(c, job.first) for c in job.copies]
-        if not part.file:
+        if part.coding >= 0:
+            scales = [plan.parts[i] for i in part.scales]
+            coding, into = plan.codings[part.coding], [Decoded(*landing[1:]) for landing in landings]
+            read = self._decoder.run(coding, part, scales, at, sizes, pattern.source, into)
+        elif not part.file:
             self._from_memory(part, at, sizes, pattern.source, landings)
             read = 0
         else:
@@ -302,7 +324,7 @@ class _Worker:
         pattern = self._plan.patterns[copy.pattern]
         tensor = self._tensors[self._plan.targets[copy.target].name]
         strides = tuple(step * tensor.stride(dim) for dim, step in pattern.target)
-        offset = tensor.storage_offset() + sum(
+        offset = int(tensor.storage_offset()) + sum(
             i * stride for i, stride in zip(copy.start, tensor.stride(), strict=True)
         )
         return _Landing(copy.target, tensor, offset + (first * strides[0] if strides else 0), strides)
@@ -318,7 +340,12 @@ class _Worker:
             move(landing.tensor.as_strided(sizes, landing.strides, landing.offset), view)
 
     def _from_file(
-        self, part: Part, at: int, sizes: tuple[int, ...], steps: tuple[int, ...], landings: Sequence[_Landing]
+        self,
+        part: Part,
+        at: int,
+        sizes: tuple[int, ...],
+        steps: tuple[int, ...],
+        landings: Sequence[_Landing],
     ) -> int:
         source = self._files.get(part.file)
         dtype = torch_dtype(part.dtype)
@@ -348,14 +375,14 @@ class _Worker:
         storage = self._storage(landing)
         outer = how.outer
         block = itemsize * prod(sizes[max(run, outer) :])
-        scatter = _places(sizes[outer : max(run, outer)], landing.strides[outer : max(run, outer)])
+        scatter = places(sizes[outer : max(run, outer)], landing.strides[outer : max(run, outer)])
         read = 0
         for index in product(*(range(n) for n in sizes[:outer])):
-            offset = base + itemsize * _dot(index, steps)
-            to = landing.offset + _dot(index, landing.strides)
+            offset = base + itemsize * dot(index, steps)
+            to = landing.offset + dot(index, landing.strides)
             for first in range(0, len(scatter), 1024):
-                places = [(to + place) * itemsize for place in scatter[first : first + 1024]]
-                buffers = [storage[place : place + block] for place in places]
+                begins = [(to + place) * itemsize for place in scatter[first : first + 1024]]
+                buffers = [storage[begin : begin + block] for begin in begins]
                 read += self._read_soon(source, offset + first * block, len(buffers) * block, buffers)
         return read
 
@@ -396,11 +423,11 @@ class _Worker:
                 count = min(length, sizes[axis] - first) if sizes else 1
                 place = (*index, first)[: len(sizes)]
                 shape = (count, *sizes[axis + 1 :]) if sizes else ()
-                offset = base + itemsize * _dot(place, steps)
+                offset = base + itemsize * dot(place, steps)
                 tile, got = self._tile(source, offset, shape, steps[axis:], dtype, how, axis)
                 read += got
                 for landing in landings:
-                    to = landing.offset + _dot(place, landing.strides)
+                    to = landing.offset + dot(place, landing.strides)
                     into = landing.tensor.as_strided(shape, landing.strides[axis:], to)
                     move(into, tile if device or into.dtype == dtype else self._casted(tile, into.dtype))
         return read
@@ -428,7 +455,7 @@ class _Worker:
         run = itemsize * prod(shape[loops:])
         read = 0
         for i, index in enumerate(product(*(range(n) for n in shape[:loops]))):
-            at = offset + itemsize * _dot(index, steps)
+            at = offset + itemsize * dot(index, steps)
             read += source.preadv(at, [view[i * run : (i + 1) * run]])
         return buffer[:size].view(dtype).view(shape), read
 
@@ -436,7 +463,7 @@ class _Worker:
         need = -(-size // itemsize) * itemsize
         if self._scratch.numel() < need:
             self._scratch = torch.empty(need, dtype=torch.uint8)
-            self._view = memoryview(self._scratch.numpy())
+            self._view = raw(self._scratch)
         return self._scratch
 
     def _casted(self, tile: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -453,63 +480,5 @@ class _Worker:
             flat = torch.empty(0, dtype=torch.uint8).set_(storage)
             if len(self._bytes) == KEPT:
                 self._bytes.clear()
-            self._bytes[landing.target] = memoryview(flat.numpy())
+            self._bytes[landing.target] = raw(flat)
         return self._bytes[landing.target]
-
-
-def real_places(source: torch.Tensor, at: int, steps: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    """Where row-major element `at` of a tensor really lies in its storage, and the real stride of each row-major step."""
-    shape = source.shape
-    row_major = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    offset = source.storage_offset()
-    for size, whole_step, stride in zip(shape, row_major, source.stride(), strict=True):
-        offset += at // whole_step % max(1, size) * stride
-    strides = []
-    for step in steps:
-        dim = next(
-            i for i, whole in enumerate(row_major) if step >= whole and step % whole == 0 and shape[i] > 1
-        )
-        strides.append(step // row_major[dim] * source.stride(dim))
-    return offset, tuple(strides)
-
-
-def contiguous_from(sizes: Sequence[int], strides: Sequence[int]) -> int:
-    """The first axis from which on a destination's strides are packed."""
-    axis, expected = len(sizes), 1
-    while axis and strides[axis - 1] == expected:
-        expected *= sizes[axis - 1]
-        axis -= 1
-    return axis
-
-
-def tile_axis(
-    sizes: Sequence[int], itemsize: int, how: Spans, strides: Sequence[int], limit: int
-) -> tuple[int, int]:
-    """Which axis tiles are cut along, and how long they are: inner axes whole, at most `limit` bytes."""
-    if not sizes:
-        return 0, 1
-    if how.rows:
-        return how.outer, how.rows
-    for axis in range(len(sizes)):
-        inner = itemsize * prod(sizes[axis + 1 :])
-        if inner <= limit or axis == len(sizes) - 1:
-            line = LINE // itemsize if strides[axis] == 1 else 1
-            return axis, even(sizes[axis], limit // inner, line)
-    raise AssertionError("sizes are not empty")
-
-
-def even(size: int, limit: int, line: int) -> int:
-    """The length of parts of at most `limit` that `size` is cut into: like ones, in whole lines where one fits."""
-    if size <= limit:
-        return size
-    limit = max(1, limit - limit % line if limit >= line else limit)
-    length = -(-size // -(-size // limit))
-    return -(-length // line) * line if limit >= line else length
-
-
-def _places(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
-    return [_dot(index, strides) for index in product(*(range(n) for n in sizes))]
-
-
-def _dot(index: Sequence[int], steps: Sequence[int]) -> int:
-    return sum(i * step for i, step in zip(index, steps, strict=False))

@@ -23,7 +23,8 @@ from restow.planning import default_targets, make_plan
 from restow.plans import Copy, Plan
 from restow.torch.dtypes import torch_dtype
 from restow.torch.load import as_checkpoint
-from restow.torch.read import real_places, run_plan
+from restow.torch.read import run_plan
+from restow.torch.strides import real_places
 
 
 def relayout(

@@ -58,7 +58,7 @@ def slots_of(into: Into, *, meta: bool = False) -> Slots:
             raise UsageError(
                 f"memory of its own for every element of {show(name)}", "an expanded tensor", tensor=name
             )
-        key = _memory(slot.local)
+        key = memory_of(slot.local)
         if key is not None and key in seen:
             aliases[name] = seen[key]
             continue
@@ -242,7 +242,8 @@ def unwrapped(name: str) -> str:
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
-def _memory(tensor: torch.Tensor) -> object:
+def memory_of(tensor: torch.Tensor) -> object:
+    """What tells whether two tensors are one memory seen in one way; None for those that have none."""
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return None
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +25,15 @@ from restow.errors import (
     TensorValueError,
     show,
 )
-from restow.layout import Sizes, axis_size
+from restow.landing import chosen_experts
+from restow.layout import axis_size
 from restow.notation import Row, dim_keys
+from restow.planning import Prepared
 from restow.problems import Problem
 from restow.quantized import scales_of
 from restow.required import tied_pair
-from restow.torch.chunks import Filled
+from restow.torch.chunks import Filled, raw
+from restow.torch.leaves import name_index
 
 BLOCK = 1 << 16  # elements that are looked at together: they stay in the cache
 NAMED = 20  # places of one tensor that are told
@@ -37,10 +41,9 @@ NAMED = 20  # places of one tensor that are told
 LIMITS = {
     "F64": 0xFFE0 << 48, "F32": 0xFF00 << 16, "F16": 0xF800, "BF16": 0xFF00, "F8_E4M3": 0xFE, "F8_E5M2": 0xF8,
 }  # fmt: skip
-UNSIGNED: Mapping[int, type[np.unsignedinteger[np.typing.NBitBase]]] = {
-    1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64,
-}  # type: ignore[dict-item]  # fmt: skip
+UNSIGNED: Mapping[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
+Array = np.ndarray[Any, Any]
 Names = Callable[[str, tuple[int, ...]], str]  # how an element of a tensor is named for people
 
 
@@ -57,7 +60,7 @@ class Values:
     odd: dict[str, list[str]] = field(default_factory=dict)  # tensor -> places, the first of them
     counts: dict[str, int] = field(default_factory=dict)
     bools: dict[str, int] = field(default_factory=dict)
-    peaks: dict[tuple[str, int], int] = field(default_factory=dict)  # expert tensor, number in dim e -> largest
+    peaks: dict[tuple[str, int], int] = field(default_factory=dict)  # expert tensor, number of a part -> largest
     worthless: dict[str, str] = field(default_factory=dict)
     zeros: dict[str, int] = field(default_factory=dict)
 
@@ -71,22 +74,24 @@ class Values:
             for key, first, part in self._parts(filled, flat):
                 self._part(target.name, target.dtype, target.shape, key, first, part)
 
-    def _parts(self, filled: Filled, flat: np.ndarray) -> Iterator[tuple[int | None, int, np.ndarray]]:
-        """(number of the expert, or 0 where the name has it; first element; elements) for each part of a slice."""
+    def _parts(self, filled: Filled, flat: Array) -> Iterator[tuple[int | None, int, Array]]:
+        """(number of the leaf or 0; first element; elements) for each part of a slice."""
         target, row = filled.slice.target, self.rows.get(filled.slice.target.name)
         first = filled.slice.offset // filled.tensor.element_size()
         if row is None:
             yield None, first, flat
         elif row.dims and str(row.dims[0]) == "e" and len(target.runs[0]) == 1:
             start, count = target.runs[0][0]
-            step = len(flat) // max(1, count)
-            for i in range(count):
-                yield start + i, first + i * step, flat[i * step : (i + 1) * step]
+            whole = filled.tensor.shape[1:] == target.shape[1:]
+            halves = 2 if whole and str(row.dims[1]).startswith("(p ") and target.shape[1] % 2 == 0 else 1
+            step = len(flat) // max(1, count * halves)
+            for i in range(count * halves):
+                yield start * halves + i, first + i * step, flat[i * step : (i + 1) * step]
         else:
             yield 0, first, flat
 
     def _part(
-        self, name: str, dtype: str, shape: tuple[int, ...], key: int | None, first: int, part: np.ndarray
+        self, name: str, dtype: str, shape: tuple[int, ...], key: int | None, first: int, part: Array
     ) -> None:
         limit, peak = LIMITS.get(dtype, 0), 0
         room = np.empty(min(BLOCK, len(part)), part.dtype)
@@ -140,15 +145,17 @@ def _problems(seen: Values) -> Iterator[Problem]:
     if seen.bools:
         lines = {name: f"{count} other bytes" for name, count in seen.bools.items()}
         yield Problem(_error(TensorValueError, "bytes 0 and 1 in tensors of BOOL", lines, "tensors"), False)
-    experts = [key for key, peak in seen.peaks.items() if not peak]
-    if experts:
-        index = {name: (e, *[0] * (len(seen.rows[name].dims) - 1)) for name, e in experts}
-        lines = {f"{name}": "only zeros" + _also(seen.named(name, index[name]), name) for name, _ in experts}
-        yield Problem(_error(SuspiciousTensorError, "experts with values", lines, "tensors"), False)
+    empty: dict[str, list[int]] = {}
+    for (name, number), peak in seen.peaks.items():
+        if not peak:
+            empty.setdefault(name, []).append(number)
+    if empty:
+        yield no_values({n: "only zeros" + ("" if len(at) == 1 else f" in {len(at)} parts") for n, at in empty.items()})
 
 
-def _also(text: str, name: str) -> str:
-    return "" if text == show(name) else f" ({text})"
+def no_values(names: Mapping[str, str]) -> Problem:
+    """Experts that hold nothing but zeros."""
+    return Problem(_error(SuspiciousTensorError, "experts with values", names, "tensors"), False)
 
 
 def _error(kind: type[RestowError], expected: str, found: Mapping[str, str], label: str) -> RestowError:
@@ -166,13 +173,29 @@ def plain_name(name: str, index: tuple[int, ...]) -> str:
     return show(name)
 
 
-def axes_at(row: Row, index: tuple[int, ...], sizes: Sizes) -> dict[str, int]:
-    """The index along each axis of an element of a tensor of `row`; axes of the name are not among them."""
-    found = {}
-    for dim, place in zip(row.dims, index, strict=True):
-        for key in reversed(dim_keys(dim)):
-            place, found[key] = divmod(place, axis_size(row, key, sizes))
-    return found
+def source_names(prepared: Prepared) -> Names:
+    """Elements of a destination by the tensor of the source that they come from."""
+
+    def named(name: str, index: tuple[int, ...]) -> str:
+        if name not in prepared.owners:
+            return show(name)
+        path, role, place = prepared.owners[name]
+        module = prepared.modules[path]
+        source = prepared.source.modules[prepared.pairs[path]]
+        row, whence = module.layout.row(role), source.layout.row(role)
+        at = name_index(row, place, module.sizes)
+        for dim, number in zip(row.dims, index, strict=True):
+            for key in reversed(dim_keys(dim)):
+                number, at[key] = divmod(number, axis_size(row, key, module.sizes))
+        chosen = chosen_experts(prepared.wish.experts, source.path, source.sizes.get("e", 0))
+        if chosen is not None and "e" in at:
+            at["e"] = chosen[at["e"]]
+        flat = 0
+        for axis in whence.name_axes:
+            flat = flat * axis_size(whence, axis, source.sizes) + at[axis]
+        return show(source.tensors[role][flat])
+
+    return named
 
 
 def values_of(found: Checkpoint) -> Values:
@@ -193,7 +216,7 @@ class Tie:
 
     def look(self, filled: Filled) -> None:
         if (digest := self._hashes.get(filled.slice.target.name)) is not None:
-            digest.update(filled.tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(raw(filled.tensor))
 
     def problems(self) -> tuple[Problem, ...]:
         """That they differ, if they do."""

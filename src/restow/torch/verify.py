@@ -28,11 +28,13 @@ from restow.planning import Prepared, pair_others
 from restow.problems import merged
 from restow.quantized import refuse_decoding
 from restow.targets import Target, whole_target
+from restow.torch.alone import judge_alone
 from restow.torch.chunks import CHUNK, Filled, Slice, fill, grouped, room
 from restow.torch.dtypes import torch_dtype, wider
 from restow.torch.explain import explain
 from restow.torch.leaves import leaves_of, name_index
 from restow.torch.read import Progress
+from restow.torch.verify_report import Difference, VerifyReport, chosen, sampled
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 

@@ -19,7 +19,8 @@ from restow.errors import CoverageError
 from restow.plans import Copy, Plan
 from restow.torch.dtypes import torch_dtype
 from restow.torch.raw import raw
-from restow.torch.read import contiguous_from, default_threads
+from restow.torch.read import default_threads
+from restow.torch.strides import contiguous_from
 from restow.torch.tiles import move
 
 TILE = 4 << 20  # bytes of one write, where the file's order lets it be cut so
@@ -82,6 +83,13 @@ def write_plan(
                 thread.join(0.1 if done else None)
                 if done:
                     done(state["bytes"])
+    except BaseException as error:
+        with lock:
+            errors.append((0, error))  # no job is begun any more; those that run come to their end
+        for thread in pool:
+            if thread.ident is not None:
+                thread.join()
+        raise
     finally:
         torch.set_num_threads(before)
     if errors:
@@ -90,6 +98,11 @@ def write_plan(
     if planned != state["elements"]:
         raise CoverageError(f"{planned} elements written, as planned", f"{state['elements']}")
     return state["bytes"]
+
+
+def file_bytes(plan: Plan) -> int:
+    """Bytes that writing a plan puts into the files."""
+    return sum(prod(plan.patterns[copy.pattern].sizes) * plan.itemsize(copy) for copy in plan.copies)
 
 
 def _jobs(plan: Plan) -> Iterator[_Job]:

@@ -1,0 +1,233 @@
+"""How quantised weights are stored: tables of codecs, and the rows that a weight's row turns into under one of them.
+
+    fp8    e4m3  8  F8_E4M3
+      codes    {}             r c
+      scale    {}_scale_inv   r/R c/C   multiply  F32 F16 BF16 F8_E8M0
+
+A codec is a record: what an element's bits mean, and rows below the weight's name `{}` (`{-}`: without `.weight`).
+`r c` stand for the weight's last two dims, `R C` for the block that the config announces, `s` for dims before them.
+Companions (`scale`, `scale2`) say how they act on the element; `spare` rows are carried along and change no value.
+Nothing here knows files. Rejected are weights that a codec cannot say: `None`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from restow.layout import Layout
+from restow.notation import Dim, Factor, Row
+
+FLOATS = ("F32", "F16", "BF16")
+WORD_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32}
+COMPANIONS = (".scale", ".scale2", ".spare", ".spare2")  # what the roles of companion rows end with
+CODES = ".codes"
+
+TABLE = """
+fp8                e4m3  8  F8_E4M3
+  codes    {}                    r c
+  scale    {}_scale_inv          r/R c/C      multiply  F32 F16 BF16 F8_E8M0
+fp8_e5m2           e5m2  8  F8_E5M2
+  codes    {}                    r c
+  scale    {}_scale_inv          r/R c/C      multiply  F32 F16 BF16 F8_E8M0
+fp8_scale          e4m3  8  F8_E4M3
+  codes    {}                    r c
+  scale    {-}.scale             r/R c/C      multiply  F32 F16 BF16 F8_E8M0
+fp8_expert         e4m3  8  F8_E4M3
+  codes    {}                    r c
+  scale    {}_scale_inv          1 1          multiply  F32 F16 BF16
+  spare    {}_activation_scale   1 1
+fp8_tensor         e4m3  8  F8_E4M3
+  codes    {}                    r c
+  scale    {}_scale_inv          -            multiply  F32 F16 BF16
+fp8_channel        e4m3  8  F8_E4M3
+  codes    {}                    r c
+  scale    {}_scale              r 1          multiply  F32 F16 BF16
+fp8_group          e4m3  8  F8_E4M3
+  codes    {}                    r c
+  scale    {}_scale              r/R c/C      multiply  F32 F16 BF16
+fp8_modelopt       e4m3  8  F8_E4M3
+  codes    {}                    r c
+  scale    {}_scale              r/R 1 c/C 1  multiply  F32 F16 BF16
+mxfp8              e4m3  8  F8_E4M3
+  codes    {}                    r c
+  scale    {}_scale_inv          r c/32       exponent  U8 F8_E8M0
+mxfp4              e2m1  4  U8
+  codes    {}_blocks             r c/32 16
+  scale    {}_scales             r c/32       exponent  U8
+fp4                e2m1  4  I8 U8
+  codes    {}                    r c/2
+  scale    {-}.scale             r c/32       exponent  F8_E8M0
+mxfp4_packed       e2m1  4  U8
+  codes    {}_packed             r c/2
+  scale    {}_scale              r c/32       exponent  U8 F8_E8M0
+int4_packed        int4  4  I32
+  codes    {}_packed             r c/8
+  scale    {}_scale              r/R c/C      multiply  F32 F16 BF16
+  spare    {}_shape              2
+nvfp4              e2m1  4  U8
+  codes    {}                    r c/2
+  scale    {}_scale              r c/16       multiply  F8_E4M3
+  scale2   {}_scale_2            -            multiply  F32
+  spare    {-}.input_scale       -
+nvfp4_packed       e2m1  4  U8
+  codes    {}_packed             r c/2
+  scale    {}_scale              r c/16       multiply  F8_E4M3
+  scale2   {}_global_scale       1            divide    F32
+  spare    {-}.input_global_scale  1
+"""
+
+
+class Companion(NamedTuple):
+    """A row beside the codes: its role's end, name and dims, how it acts, and the dtypes it is met in."""
+
+    role: str
+    name: str
+    dims: tuple[str, ...]
+    how: str = ""
+    dtypes: tuple[str, ...] = ()
+
+
+class Codec(NamedTuple):
+    """A way of coding weights. `element` is what an element's `bits` mean; `block` what `R C` stand for.
+
+    `scales` act on a weight in their order; `spares` change nothing, and may be absent.
+    """
+
+    name: str
+    element: str
+    bits: int
+    dtypes: tuple[str, ...]
+    codes: Companion
+    scales: tuple[Companion, ...]
+    spares: tuple[Companion, ...] = ()
+    block: tuple[int, int] = (0, 0)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every scale is a power of two, so that a value has no more digits than its code."""
+        return all(scale.how == "exponent" for scale in self.scales)
+
+    def companions(self, spares: bool) -> tuple[Companion, ...]:
+        return (*self.scales, *(self.spares if spares else ()))
+
+
+def parse_codecs(text: str) -> dict[str, Codec]:
+    """The codecs of a table by name."""
+    found: dict[str, Codec] = {}
+    for line in text.splitlines():
+        words = line.split()
+        if not words:
+            continue
+        if not line.startswith(" "):
+            name, element, bits, *dtypes = words
+            found[name] = last = Codec(name, element, int(bits), tuple(dtypes), Companion("", "", ()), ())
+            continue
+        role, spelled, *rest = words
+        cut = next((i for i, word in enumerate(rest) if word in ("multiply", "divide", "exponent")), len(rest))
+        how, dtypes = (rest[cut], rest[cut + 1 :]) if cut < len(rest) else ("", [])
+        row = Companion(f".{role}", spelled, tuple(w for w in rest[:cut] if w != "-"), how, tuple(dtypes))
+        if role == "codes":
+            last = last._replace(codes=row)
+        elif role.startswith("scale"):
+            last = last._replace(scales=(*last.scales, row))
+        else:
+            last = last._replace(spares=(*last.spares, row))
+        found[last.name] = last
+    return found
+
+
+CODECS = parse_codecs(TABLE)
+
+
+def coded_layouts(layout: Layout, codec: Codec, roles: Sequence[str] = ("in", "out")) -> Iterator[Layout]:
+    """A layout under a codec: with the rows of its codes and companions; once more with spares, if it has any."""
+    for spares in (False, True) if codec.spares else (False,):
+        rows: list[Row] = []
+        for row in layout.rows:
+            if row.role not in roles:
+                rows.append(row)
+                continue
+            rows += [_row(row, each, codec) for each in (codec.codes, *codec.companions(spares))]
+        yield Layout(tuple(rows))
+
+
+def is_linear(layout: Layout) -> bool:
+    """Whether every weight has its input axis last, as torch's Linear: then a row of a scale grid is one of outputs."""
+    last = {row.role: str(row.dims[-1]) for row in layout.rows if row.role in ("in", "out") and len(row.dims) > 1}
+    return last == {"in": "d", "out": "f"}
+
+
+def spelled(pattern: str, name: str) -> str:
+    """The name of a weight's companion, or of its codes."""
+    return pattern.replace("{-}", name.removesuffix(".weight")).replace("{}", name)
+
+
+def weight_of(pattern: str, name: str) -> str | None:
+    """The name of the weight whose codes or companion has this name, or None."""
+    bare = pattern.startswith("{-}")
+    end = pattern[3:] if bare else pattern[2:]
+    if not name.endswith(end) or len(name) == len(end):
+        return None
+    return name[: len(name) - len(end)] + (".weight" if bare else "")
+
+
+def _row(row: Row, companion: Companion, codec: Codec) -> Row:
+    *head, last = row.name
+    assert isinstance(last, str)
+    name = (*head, spelled(companion.name, last))
+    role = row.role + companion.role
+    if companion is codec.codes and companion.dims == ("r", "c"):
+        role = row.role
+    stack, matrix = row.dims[:-2], dict(zip("rc", row.dims[-2:], strict=True))
+    dims = [dim for word in companion.dims for dim in [_dim(word, matrix, codec.block)] if dim is not None]
+    if not companion.dims or (companion.role.startswith(".spare") and companion.dims == ("2",)):
+        stack = ()
+    return Row(role, name, (*stack, *dims))
+
+
+def _dim(word: str, matrix: dict[str, Dim], block: tuple[int, int]) -> Dim | None:
+    letter, _, by = word.partition("/")
+    if letter not in matrix:
+        return Dim((Factor("", 1, int(word)),))
+    divisor = int(by) if by.isdecimal() else {"": 1, "R": block[0], "C": block[1]}[by]
+    if divisor == 0:  # one scale for all of them
+        return Dim((Factor("", 1, 1),))
+    return divided(matrix[letter], divisor)
+
+
+def divided(dim: Dim, by: int) -> Dim:
+    """A dim with one place for every `by` of its own."""
+    if by == 1:
+        return dim
+    if len(dim.factors) == 1 and dim.divisor == 1:
+        return Dim((replace(dim.factors[0], divisor=by),))
+    return Dim(dim.factors, by)
+
+
+def logical(row: Row, bits: int, word: int) -> Row | None:
+    """The row of what codes decode to: packed words along an axis put together again; None where that is no row.
+
+    `in.codes w1_packed e f d/8` with 4 of 32 bits, and `in.codes w1_blocks e f d/32 16` with 4 of 8 bits, are
+    `in ... e f d`.
+    """
+    role = row.role.removesuffix(CODES)
+    dims: list[Dim] = []
+    left = 1
+    for dim in row.dims:
+        factor = dim.factors[0]
+        if left > 1:
+            if not factor.fixed or left % factor.fixed:
+                return None
+            left //= factor.fixed
+            continue
+        by = dim.divisor if dim.divisor != 1 else factor.divisor if len(dim.factors) == 1 else 1
+        if by == 1:
+            dims.append(dim)
+            continue
+        if by % (word // bits):
+            return None
+        left = by // (word // bits)
+        dims.append(Dim(tuple(replace(f, divisor=1) for f in dim.factors)))
+    return Row(role, row.name, tuple(dims), row.exact) if left == 1 else None

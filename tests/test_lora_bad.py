@@ -1,0 +1,174 @@
+"""Adapters that cannot mean what they say: each is refused by name, with both numbers, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lora_adapters as adapters
+import pytest
+import tiny
+import torch
+
+import restow.lora
+from restow.errors import AdapterError, UsageError
+
+PREFIX = "base_model.model."
+LINEAR = "model.layers.1.self_attn.q_proj"
+EXPERT = "model.layers.1.mlp.experts.7.gate_proj"
+State = dict[str, torch.Tensor]
+
+
+def pair(module: str, i: int, o: int, r: int = 2) -> State:
+    return {f"{PREFIX}{module}.lora_A.weight": tiny.values(f"{module}.A", torch.Size((r, i))),
+            f"{PREFIX}{module}.lora_B.weight": tiny.values(f"{module}.B", torch.Size((o, r)))}  # fmt: skip
+
+
+def good() -> State:
+    state = pair(LINEAR, 32, 64)
+    for layer in (1, 2):
+        for e in range(12):
+            path = f"model.layers.{layer}.mlp.experts.{e}"
+            state |= pair(f"{path}.gate_proj", 32, 24) | pair(f"{path}.up_proj", 32, 24) | pair(f"{path}.down_proj", 24, 32)
+    return state
+
+
+def refused(tmp_path: Path, state: State, *holds: str, config: dict[str, Any] | None = None) -> AdapterError:
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"], **(config or {})}
+    source = adapters.write(tmp_path / "a", state, **settings)
+    with pytest.raises(AdapterError) as caught:
+        restow.lora.convert(source, tmp_path / "out", to="peft", base=adapters.base("qwen3_moe"))
+    text = str(caught.value)
+    for word in holds:
+        assert word in text, text
+    assert text.isascii()
+    assert not (tmp_path / "out").exists()
+    return caught.value
+
+
+def test_the_good_one_passes(tmp_path: Path) -> None:
+    source = adapters.write(tmp_path / "a", good(), r=2, lora_alpha=4)
+    restow.lora.convert(source, tmp_path / "out", to="peft", base=adapters.base("qwen3_moe"))
+
+
+@pytest.mark.parametrize("module", [LINEAR, EXPERT])
+def test_l01_half_pair(tmp_path: Path, module: str) -> None:
+    state = good()
+    del state[f"{PREFIX}{module}.lora_B.weight"]
+    refused(tmp_path, state, f"{module}.lora_B")
+
+
+@pytest.mark.parametrize("module", [LINEAR, EXPERT])
+def test_l02_rank_differs(tmp_path: Path, module: str) -> None:
+    refused(tmp_path, good(), module.rpartition(".")[0].replace(".7", ".0") if module == EXPERT else module, "4", "2",
+            config={"r": 4})  # fmt: skip
+    one = tmp_path / "one"
+    one.mkdir()
+    refused(one, pair(module, 32, 64 if module == LINEAR else 24), module, "4", "2", config={"r": 4})
+
+
+@pytest.mark.parametrize("module", ["model.layers.9.self_attn.q_proj", "model.layers.9.mlp.experts.0.gate_proj"])
+def test_l03_no_such_module(tmp_path: Path, module: str) -> None:
+    refused(tmp_path, good() | pair(module, 32, 24), "layers.9")
+
+
+def test_l04_no_such_expert(tmp_path: Path) -> None:
+    refused(tmp_path, good() | pair("model.layers.1.mlp.experts.12.gate_proj", 32, 24), "experts.12")
+
+
+def test_l05_no_adapter_config(tmp_path: Path) -> None:
+    source = adapters.write(tmp_path / "a", good())
+    (source / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match=r"adapter_config\.json"):
+        restow.lora.convert(source, tmp_path / "out", to="peft", base=adapters.base("qwen3_moe"))
+
+
+@pytest.mark.parametrize("module", [LINEAR, EXPERT])
+def test_l06_swapped_ab(tmp_path: Path, module: str) -> None:
+    state = good()
+    a, b = (f"{PREFIX}{module}.lora_{x}.weight" for x in "AB")
+    state[a], state[b] = state[b], state[a]
+    refused(tmp_path, state, module, "exchanged")
+
+
+@pytest.mark.parametrize("value", ["16", None, True, float("nan")])
+def test_l07_alpha_is_no_number(tmp_path: Path, value: object) -> None:
+    refused(tmp_path, good(), "lora_alpha", config={"lora_alpha": value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "2", True])
+def test_l08_rank_is_none(tmp_path: Path, value: object) -> None:
+    refused(tmp_path, good(), "r as a whole number", str(value), config={"r": value})
+
+
+def test_l09_slow_pattern(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    refused(tmp_path, good(), "rank_pattern", "(a", config={"rank_pattern": {"(a|a)*$(.*.*)*x": 4}})
+    (tmp_path / "n").mkdir()
+    refused(tmp_path / "n", good(), "alpha_pattern", config={"alpha_pattern": {"([a-z_.0-9]+)+!": 4}})
+    assert time.perf_counter() - started < 60
+
+
+@pytest.mark.parametrize("module", [LINEAR, EXPERT])
+def test_l10_wider_base(tmp_path: Path, module: str) -> None:
+    refused(tmp_path, good() | pair(module, 48, 64 if module == LINEAR else 24), module, "48", "32")
+
+
+def test_a_wider_base_in_every_fused_format(tmp_path: Path) -> None:
+    for to in ("peft", "grouped", "sglang"):
+        source = adapters.make(tmp_path / f"s{to}", "qwen3_moe", "plain")
+        restow.lora.convert(source, tmp_path / to, to=to, base=adapters.base("qwen3_moe"))
+        with pytest.raises(AdapterError) as caught:
+            restow.lora.convert(tmp_path / to, tmp_path / "x", to="grouped" if to != "grouped" else "peft",
+                                base=adapters.base("qwen3_moe", "2f == d"))  # fmt: skip
+        assert "mlp.experts" in str(caught.value)
+
+
+CORRUPT: dict[str, tuple[Callable[[State], object], str]] = {
+    "nan": (lambda s: s[f"{PREFIX}{EXPERT}.lora_B.weight"].fill_(float("nan")), f"{EXPERT}.lora_B.weight"),
+    "strange name": (lambda s: s.update({f"{PREFIX}model.layers.1.mlp.experts.lora_C.weight": torch.ones(2)}), "lora_C"),
+    "two formats": (lambda s: s.update({f"{PREFIX}model.layers.1.mlp.experts.lora_down_A": torch.ones(12, 24, 2)}),
+                    "one format"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CORRUPT)
+def test_corrupt(tmp_path: Path, case: str) -> None:
+    state = {name: tensor.clone() for name, tensor in good().items()}
+    change, word = CORRUPT[case]
+    change(state)
+    refused(tmp_path, state, word)
+
+
+def test_rows_that_experts_do_not_divide(tmp_path: Path) -> None:
+    source = adapters.make(tmp_path / "a", "qwen3_moe")
+    state = adapters.tensors(source)
+    name = "base_model.model.model.layers.1.mlp.experts.lora_A.weight"
+    state[name] = state[name][:-1]
+    adapters.write(source, state, **adapters.config(source))
+    with pytest.raises(AdapterError) as caught:
+        restow.lora.convert(source, tmp_path / "b", to="grouped", base=adapters.base("qwen3_moe"))
+    assert name in str(caught.value)
+
+
+def test_dora_on_experts_is_refused_and_dropout_is_reset(tmp_path: Path) -> None:
+    refused(tmp_path, good(), "use_dora", config={"use_dora": True})
+    source = adapters.write(tmp_path / "d", good(), r=2, lora_alpha=4, lora_dropout=0.1, made_up_field=[1])
+    report = restow.lora.convert(source, tmp_path / "p", to="peft", base=adapters.base("qwen3_moe"))
+    config = adapters.config(tmp_path / "p")
+    assert config["lora_dropout"] == 0
+    assert config["made_up_field"] == [1]
+    assert any("lora_dropout" in note for note in report.notes)
+
+
+def test_formats_and_bases_that_nobody_knows(tmp_path: Path) -> None:
+    source = adapters.write(tmp_path / "a", good(), r=2, lora_alpha=4)
+    with pytest.raises(UsageError, match="grouped, peft"):
+        restow.lora.convert(source, tmp_path / "b", to="made_up", base=adapters.base("qwen3_moe"))
+    with pytest.raises(AdapterError, match="base="):
+        restow.lora.convert(source, tmp_path / "b", to="peft")
+    restow.lora.convert(source, tmp_path / "b", to="peft", family="qwen3_moe")
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["r"] == 2
