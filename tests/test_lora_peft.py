@@ -190,9 +190,9 @@ def per_expert(family: str, *, shared: bool, ranks: tuple[int, int, int] = (3, 3
     return out
 
 
-def hand(state: dict[str, torch.Tensor], scale: Any) -> dict[str, torch.Tensor]:
+def hand(state: dict[str, torch.Tensor], scale: Any, family: str = "qwen3_moe") -> dict[str, torch.Tensor]:
     """The fused parameters that per-expert tensors give, by hand."""
-    merged = {k: v.clone() for k, v in adapters.base_state("qwen3_moe").items()}
+    merged = {k: v.clone() for k, v in adapters.base_state(family).items()}
     for name in [n for n in state if n.endswith("lora_A.weight")]:
         path, _, word = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight").rpartition(".")
         module, _, e = path.rpartition(".")
@@ -308,26 +308,30 @@ def test_one_wrapper_is_what_the_config_says(tmp_path: Path) -> None:
 
 def test_deepseek_keeps_its_shared_experts(tmp_path: Path) -> None:
     """gate_proj of shared experts and dense layers are modules of their own: none may be lost or taken for experts."""
-    model = adapters.model("deepseek_v3")
-    linear = [n for n, m in model.named_modules() if n.endswith(("gate_proj", "up_proj", "down_proj"))]
-    source = adapters.make(tmp_path / "a", "deepseek_v3", target_modules=["q_b_proj", *linear])
-    assert any("shared_experts.gate_proj" in n for n in adapters.tensors(source))
+    state = per_expert("deepseek_v3", shared=False)
+    want = {k: v.clone() for k, v in hand(state, lambda word: 2.0, "deepseek_v3").items()}
+    linear = [n for n in want if n.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight", "q_b_proj.weight"))]
+    for name in linear:
+        module, (o, i) = name.removesuffix(".weight"), want[name].shape
+        a = state[f"base_model.model.{module}.lora_A.weight"] = tiny.values(f"{name}.A", torch.Size((3, i)))
+        b = state[f"base_model.model.{module}.lora_B.weight"] = tiny.values(f"{name}.B", torch.Size((o, 3)))
+        want[name] += b @ a * 2
+    assert sum("shared_experts" in n for n in linear) == 6
+    words = ["gate_proj", "up_proj", "down_proj", "q_b_proj"]
+    four = adapters.write(tmp_path / "four", state, target_modules=words)
     base = adapters.base("deepseek_v3")
-    want = adapters.merged(source, "deepseek_v3")
-    for via in ("grouped", "peft-per-expert"):
-        restow.lora.convert(source, tmp_path / via, to=via, base=base)
-        assert sum("shared_experts" in n for n in adapters.tensors(tmp_path / via)) == 12
-        restow.lora.convert(tmp_path / via, tmp_path / f"{via}-b", to="peft", base=base)
-        adapters.same(source, tmp_path / f"{via}-b")
-    # and from a per-expert file without a past, in the names of transformers 4
-    clean = adapters.config(tmp_path / "peft-per-expert")
-    state = adapters.tensors(tmp_path / "peft-per-expert")
-    four = adapters.write(tmp_path / "four", state, **{**clean, "target_modules": ["gate_proj", "up_proj", "down_proj", "q_b_proj"]})
-    restow.lora.convert(four, tmp_path / "five", to="peft", base=base)
-    have = adapters.merged(tmp_path / "five", "deepseek_v3")
-    for name, tensor in want.items():
-        torch.testing.assert_close(have[name], tensor, atol=1e-5, rtol=1e-5)
-    assert restow.lora.check(tmp_path / "five", base).ok
+    report = restow.lora.check(four, base)
+    assert any("shared_experts" in name for name in report.dropped), "PEFT itself loses them"
+    for via in ("peft", "grouped"):
+        restow.lora.convert(four, tmp_path / via, to=via, base=base)
+        restow.lora.convert(tmp_path / via, tmp_path / f"{via}-b", to="peft-per-expert", base=base)
+        adapters.same(four, tmp_path / f"{via}-b")
+    restow.lora.convert(tmp_path / "grouped", tmp_path / "five", to="peft", base=base)
+    for path in ("peft", "five"):
+        assert restow.lora.check(tmp_path / path, base).ok
+        have = adapters.merged(tmp_path / path, "deepseek_v3")
+        for name, tensor in want.items():
+            torch.testing.assert_close(have[name], tensor, atol=1e-5, rtol=1e-5)
 
 
 def test_unsloth_s_order_by_marker_and_by_flag(tmp_path: Path) -> None:

@@ -40,16 +40,15 @@ def check_key(key: str, field: str, path: object = None) -> None:
 
 def matches(key: str, name: str) -> bool:
     """Whether `key` spells `name`, or its end from a dot on."""
-    steps = _steps(key)
+    steps, free = _compiled(key)
     reached: set[int] = set()
     for i, char in enumerate(name):
         if i == 0 or name[i - 1] == ".":
-            reached |= _free(steps, 0)
+            reached |= free[0]
         following: set[int] = set()
         for at in reached:
             if at < len(steps) and steps[at].char in (_ANY, char):
-                following |= {at} if steps[at].many else set()
-                following |= _free(steps, at if steps[at].many else at + 1)
+                following |= free[at if steps[at].many else at + 1]
         reached = following
     return len(steps) in reached
 
@@ -85,6 +84,15 @@ def _fault(key: str) -> str:
 
 
 @lru_cache(maxsize=4096)
+def _compiled(key: str) -> tuple[tuple[_Step, ...], tuple[frozenset[int], ...]]:
+    """The steps of a key, and what is reached from each without a character; runs of any run are one."""
+    steps: list[_Step] = []
+    for step in _steps(key):
+        if step != _Step(_ANY, True) or steps[-1:] != [step]:
+            steps.append(step)
+    return tuple(steps), tuple(frozenset(_free(tuple(steps), at)) for at in range(len(steps) + 1))
+
+
 def _steps(key: str) -> tuple[_Step, ...]:
     steps: list[_Step] = []
     i = 0

@@ -8,7 +8,7 @@ together, each an `AdapterError` that names the tensor and both numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 
@@ -111,7 +111,7 @@ class _Reader:
             words = sorted(factors)
             a, b = factors[words[0]], factors[words[1]]
             embedding = words[0].startswith("lora_embedding")
-            rank, alpha = self.config.of(module)
+            rank, alpha = self.config.of(asked_name(self.config, module))
             try:
                 self._judge_plain(module, a, b, rank, embedding)
             except RestowError as error:
@@ -350,6 +350,13 @@ class _Reader:
         )
 
 
+def asked_name(config: AdapterConfig, module: str) -> str:
+    """What PEFT asks patterns about for an ordinary module: its weight's name where that is a target parameter."""
+    weight = f"{module}.weight"
+    named = any(weight == t or weight.endswith(f".{t}") for t in config.names("target_parameters"))
+    return weight if named else module
+
+
 def alias_names(path: str, role: str, labels: Sequence[int] | None, base: Base) -> list[str]:
     """The names by which patterns may mean a role: the runtime's parameter first, then the first expert's modules."""
     row = per_expert(base.family)[role]
@@ -373,4 +380,4 @@ def _in_order(row: Row, names: Mapping[tuple[int, ...], str], sizes: Mapping[str
     return tuple(names.get(index) for index in product(*map(range, lengths)))
 
 
-__all__ = ["Adapter", "Factor", "Options", "Pair", "Plain", "read_adapter", "replace"]
+__all__ = ["Adapter", "Factor", "Options", "Pair", "Plain", "alias_names", "asked_name", "read_adapter"]

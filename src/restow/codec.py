@@ -7,6 +7,7 @@ know (`QuantizationError`, by name) and blocks that are none (`ConfigError`). It
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -61,6 +62,15 @@ def announced(config: Mapping[str, object] | None) -> Mapping[str, object] | Non
             if isinstance(found := part.get(key), Mapping):
                 return found
     return None
+
+
+def without_quantization(config: bytes) -> bytes:
+    """config.json of the same weights as plain ones."""
+    body = json.loads(config)
+    for part in (body, body.get("text_config")):
+        for key in SECTIONS if isinstance(part, dict) else ():
+            part.pop(key, None)
+    return (json.dumps(body, indent=2) + "\n").encode()
 
 
 def read_codec(config: Mapping[str, object] | None) -> Announced | None:

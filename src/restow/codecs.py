@@ -113,6 +113,11 @@ class Codec(NamedTuple):
         return (*self.scales, *(self.spares if spares else ()))
 
 
+def rounds(codec: Codec, dtype: str) -> bool:
+    """Whether values may have more digits than `dtype` holds."""
+    return dtype not in ("F64", "F32") and not (codec.exact and dtype == "BF16")
+
+
 def parse_codecs(text: str) -> dict[str, Codec]:
     """The codecs of a table by name."""
     found: dict[str, Codec] = {}
@@ -174,9 +179,10 @@ def weight_of(pattern: str, name: str) -> str | None:
 
 
 def _row(row: Row, companion: Companion, codec: Codec) -> Row:
-    *head, last = row.name
+    *head, last = row.name if isinstance(row.name[-1], str) else (*row.name, "")
     assert isinstance(last, str)
-    name = (*head, spelled(companion.name, last))
+    word = spelled(companion.name, last)
+    name = (*head, word) if word else tuple(head)
     role = row.role + companion.role
     if companion is codec.codes and companion.dims == ("r", "c"):
         role = row.role

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from math import prod
 from typing import NamedTuple
 
 from restow.boxes import strides_of
 from restow.checkpoint import Checkpoint
-from restow.codecs import CODES, COMPANIONS, WORD_BITS, Codec, coded_layouts, logical, spelled, weight_of
-from restow.entries import Entry
-from restow.errors import QuantizationError, show
+from restow.codecs import CODES, COMPANIONS, WORD_BITS, Codec, coded_layouts, is_linear, logical, spelled, weight_of
+from restow.entries import DTYPE_BITS, Entry
+from restow.errors import QuantizationError, UsageError, show
 from restow.find import Module
 from restow.layout import Layout, axis_size, shape_of
 from restow.notation import Dim, Factor, Row, dim_keys
@@ -39,7 +40,7 @@ def decoded(found: Checkpoint, keep: Container[str] = ()) -> Checkpoint:
     if found.codec is None or found.coded is not None:
         return found
     modules = {path: _plain(module) if path not in keep else module for path, module in found.modules.items()}
-    view = _View(found, modules, keep)
+    view = View(found, modules, keep)
     if not view.weights:
         return found
     return replace(found, tensors=DecodedTensors(view), modules=modules, coded=view)
@@ -62,6 +63,20 @@ def kept_coded(
             if weight is not None and any(spelled(scale.name, weight) in targets for scale in codec.scales):
                 kept.add(name)
     return frozenset(kept)
+
+
+def coded_as(layout: Layout, module: Module) -> Layout:
+    """A layout with rows for the codes and companions that a module has. Raises `UsageError` where it has no such rows."""
+    assert module.codec is not None
+    if is_linear(layout):
+        for found in coded_layouts(layout, module.codec):
+            if set(module.tensors) <= set(found.roles):
+                return found
+    raise UsageError(
+        f"a layout with the input axis last, as the {module.codec.name} codes of {show(module.path)} have it",
+        "; ".join(str(row) for row in layout.rows),
+        hint="without keep_quantized the weights are decoded, which any layout can hold",
+    )
 
 
 def value_dtype(config: Mapping[str, object] | None) -> str:
@@ -97,7 +112,7 @@ def _logical(codec: Codec, row: Row) -> Row:
 class DecodedTensors(Mapping[str, Entry]):
     """The view's entries, made when they are asked for; `raw` are the files' own."""
 
-    def __init__(self, view: _View) -> None:
+    def __init__(self, view: View) -> None:
         self._view, self.raw = view, view.raw
 
     def __getitem__(self, name: str) -> Entry:
@@ -122,7 +137,7 @@ class DecodedTensors(Mapping[str, Entry]):
         return frozenset(names.get(name, name) for name in self._view.several if name not in self._view.gone or name in names)
 
 
-class _View(Mapping[str, Coded]):
+class View(Mapping[str, Coded]):
     """Every coded weight by its name in the view: an expert's raw name, any other's without what the codec adds."""
 
     def __init__(self, found: Checkpoint, modules: Mapping[str, Module], keep: Container[str]) -> None:
@@ -209,6 +224,8 @@ class _View(Mapping[str, Coded]):
                 scales.append((module.layout.row(scale_role), scale))
         shape = shape_of(row, sizes)
         entry = self.raw[raw]
+        if prod(shape) * codec.bits != prod(entry.shape) * DTYPE_BITS[entry.dtype]:
+            raise self._error(f"{codec.name} codes of {list(shape)} without padding", f"{show(raw)} {list(entry.shape)}", raw)
         if codec.bits != 8 and len(entry.pieces) != 1:
             raise self._error(f"packed weights in one piece ({codec.name})", f"{len(entry.pieces)} pieces of {show(raw)}", raw)
         by_role = {scale.role: scale for scale in codec.scales}
@@ -219,6 +236,18 @@ class _View(Mapping[str, Coded]):
             how = next(c.how for end, c in by_role.items() if at.role.endswith(end))
             grids.append((scale, self._grid(row, at, shape, how, sizes)))
         return Coded(codec, raw, shape, tuple(grids))
+
+    def codec(self, name: str) -> Codec:
+        """What a weight is coded in."""
+        found = self.weights[name]
+        if len(found) == 3:
+            return found[0]
+        assert found[0].codec is not None
+        return found[0].codec
+
+    @cached_property
+    def codecs(self) -> tuple[Codec, ...]:
+        return tuple(dict.fromkeys(map(self.codec, self.weights)))
 
     def _shape(self, row: Row, raw: str, codec: Codec) -> tuple[int, int]:
         shape = self.raw[raw].shape

@@ -1,9 +1,9 @@
 """No page of a shared file is written by two nodes: on network file systems a client may write back whole pages.
 
-Before the first byte every process says which pages it will touch. A page that processes of several nodes touch has one
-owner among them; what other nodes have for it goes through a file of its own, one a pair of processes, which the owner
-reads and writes at the end. On a local file system (`page` 0) all is written at once. It rejects nothing: what cannot be
-written is the writer's to say.
+Before the first byte every process says which pages it will touch. A page that processes of several nodes touch has
+one owner among them; what other nodes have for it goes through a file of its own, one a pair of processes, which the
+owner reads and writes at the end. On a local file system (`page` 0) all is written at once. It rejects nothing: what
+cannot be written is the writer's to say.
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ class PagedWrites:
         """Take over what rank 0 made of all that was told."""
         self._nodes, found = json.loads(text)
         self._files = list(found)
-        self._stretches = {file: [Stretch(a, b, tuple(ranks)) for a, b, ranks in runs] for file, runs in found.items()}
+        self._stretches = {
+            file: [Stretch(a, b, tuple(ranks)) for a, b, ranks in runs] for file, runs in found.items()
+        }
 
     def write(self, file: str, offset: int, data: memoryview) -> int:
         """Write what lies in pages of this node, keep the rest for their owners; the bytes that were taken."""

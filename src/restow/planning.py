@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from restow.boxes import whole
 from restow.checkpoint import Checkpoint
 from restow.coding import Coding
-from restow.decoded import Coded, DecodedTensors, decoded, kept_coded
+from restow.decoded import FLOATS, Coded, DecodedTensors, coded_as, decoded, kept_coded
 from restow.entries import Entry
 from restow.errors import AmbiguousTensorError, CoverageError, MissingTensorError, ShapeMismatchError, show
 from restow.find import Module
@@ -25,7 +25,7 @@ from restow.naming import check_rename, renamed
 from restow.notation import Dim, Factor, Row
 from restow.plans import Copy, Part, Plan
 from restow.problems import merged
-from restow.quantized import refuse_cast
+from restow.quantized import no_values, refuse_cast
 from restow.targets import Runs, Target, whole_target
 
 Take = tuple[tuple[str, tuple[int, ...]], ...]
@@ -152,13 +152,19 @@ def refuse(source: Checkpoint, strict: bool) -> tuple[str, ...]:
     return tuple(map(str, odd))
 
 
-def default_targets(source: Checkpoint, layout: str | Layout | None, wish: Wish) -> list[Target]:
-    """The tensors that `source` has in another layout (`grouped` if None), whole, or a rank's part by `wish.shard`."""
+def default_targets(
+    source: Checkpoint, layout: str | Layout | None, wish: Wish, *, keep_quantized: bool = False
+) -> list[Target]:
+    """The tensors that `source` has in another layout (`grouped` if None), whole, or a rank's part by `wish.shard`.
+
+    Quantised weights are plain ones there, unless `keep_quantized`: then the layout has rows for their companions.
+    """
     targets = []
-    source = decoded(source)
+    source = source if keep_quantized else decoded(source)
     for path, module in source.modules.items():
         to = layout_of(layout or "grouped", source.family)
         assert to is not None
+        to = coded_as(to, module) if module.codec is not None else to
         experts = chosen_experts(wish.experts, path, module.sizes.get("e", 0))
         sizes = {**module.sizes, **({"e": len(experts)} if experts is not None else {})}
         for row in to.rows:
@@ -326,6 +332,8 @@ class _Draft:
             assert source is not None
             assert target is not None
             part = self._part(source, move.piece)
+            if self.parts[part].coding >= 0 and self.chosen[target].dtype not in FLOATS:
+                raise no_values(source, target, self.chosen[target].dtype)
             self.copies.append(Copy(part, move.at, self.target_ids[target], move.start, pattern))
 
     def _part(self, name: str, number: int) -> int:

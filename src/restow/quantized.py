@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from restow.checkpoint import Checkpoint
 from restow.codec import SCALE, SUFFIX, Announced, lost_scales, odd_grids
+from restow.codecs import Codec, spelled
 from restow.errors import MissingTensorError, QuantizationError, RestowError, show
 from restow.find import Module
 from restow.problems import Problem
@@ -31,9 +32,14 @@ def _errors(found: Checkpoint, codec: Announced, dtypes: Mapping[str, str]) -> I
     bare: list[str] = []
     for path, module in found.modules.items():
         names = [n for role in ("in", "out") for n in module.tensors.get(role, ()) if n is not None]
-        scaled = any(role.endswith(SCALE) for role in module.tensors)
-        odd += [n for n in names if dtypes[n] != codec.dtype and not (codec.skips(path) and not scaled)]
-        bare += [n + SUFFIX for n in names if dtypes[n] == codec.dtype and not scaled]
+        if module.codec is not None:
+            wrong = list(_dtypes_wrong(module, dtypes))
+            odd += [name for name in wrong if name in names]
+            if strange := [name for name in wrong if name not in names]:
+                yield _strange(found, module, strange, dtypes)
+        elif codec.method == "fp8":
+            odd += [n for n in names if dtypes[n] != codec.dtype and not codec.skips(path)]
+            bare += [n + SUFFIX for n in names if dtypes[n] == codec.dtype]
     scales, weights = _others(found, codec, dtypes)
     if odd:
         kinds = sorted({dtypes[name] for name in odd})
@@ -45,7 +51,7 @@ def _errors(found: Checkpoint, codec: Announced, dtypes: Mapping[str, str]) -> I
             sections=[("tensors", (f"{show(name)} {dtypes[name]}" for name in odd))],
             hint="get the config.json that belongs to these files, and the files again",
         )
-    bare += [name + SUFFIX for name in weights if name + SUFFIX not in found.tensors]
+    bare += [name + SUFFIX for name in weights if not any(_scaled(found, c, name) for c in codec.codecs)]
     if bare:
         yield lost_scales(bare)
     lost = [name.removesuffix(SUFFIX) for name in scales if name.removesuffix(SUFFIX) not in found.tensors]
@@ -59,25 +65,51 @@ def _errors(found: Checkpoint, codec: Announced, dtypes: Mapping[str, str]) -> I
             hint="get the checkpoint again: nothing is filled in their place",
         )
     shapes = {name: found.tensors[name].shape for name in weights if name + SUFFIX in found.tensors}
+    shapes = shapes if codec.method == "fp8" else {}
     grids = [(n + SUFFIX, list(codec.grid(shape)), found.tensors[n + SUFFIX].shape) for n, shape in shapes.items()]
     wrong = [(name, f"{want}", shape) for name, want, shape in grids if tuple(want) != tuple(shape)]
     if wrong:
         yield odd_grids(wrong, codec)
-    strange = [n for n in (*scales, *_expert_scales(found.modules.values())) if dtypes[n] not in SCALES]
-    if strange:
+    if found.modules and not any(module.codec for module in found.modules.values()) and codec.method != "fp8":
         yield QuantizationError(
-            f"scales in {', '.join(sorted(SCALES))}",
-            dtypes[strange[0]],
+            f"weights in {', '.join(c.name for c in codec.codecs)}, as quantization_config says ({codec.method})",
+            "experts in none of them",
             path=found.path,
-            tensor=strange[0],
-            sections=[("tensors", (f"{show(name)} {dtypes[name]}" for name in strange))],
+            hint="get the config.json that belongs to these files, and the files again",
         )
+
+
+def _scaled(found: Checkpoint, codec: Codec, name: str) -> bool:
+    return all(spelled(scale.name, name) in found.tensors for scale in codec.scales)
+
+
+def _dtypes_wrong(module: Module, dtypes: Mapping[str, str]) -> Iterator[str]:
+    """The codes and scales of a module that are in no dtype that its codec has them in."""
+    assert module.codec is not None
+    known = {companion.role: companion.dtypes for companion in module.codec.scales}
+    for role, names in module.tensors.items():
+        base, _, end = role.partition(".")
+        allowed = module.codec.dtypes if end in ("", "codes") and base in ("in", "out") else known.get(f".{end}")
+        yield from (name for name in names if name is not None and allowed and dtypes[name] not in allowed)
+
+
+def _strange(found: Checkpoint, module: Module, names: Sequence[str], dtypes: Mapping[str, str]) -> QuantizationError:
+    assert module.codec is not None
+    kinds = sorted({dtype for scale in module.codec.scales for dtype in scale.dtypes})
+    return QuantizationError(
+        f"codes of {module.codec.name} in {', '.join(module.codec.dtypes)}, scales in {', '.join(kinds)}",
+        dtypes[names[0]],
+        path=found.path,
+        tensor=names[0],
+        sections=[("tensors", (f"{show(name)} {dtypes[name]}" for name in names))],
+    )
 
 
 def _others(found: Checkpoint, codec: Announced, dtypes: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Scales outside the experts, and weights there in the codec's dtype."""
     others = found.others
-    return [n for n in others if n.endswith(SUFFIX)], [n for n in others if dtypes[n] == codec.dtype]
+    weights = [n for n in others if dtypes[n] == codec.dtype] if codec.dtype.startswith("F8") else []
+    return [n for n in others if n.endswith(SUFFIX)], weights
 
 
 def _expert_scales(modules: Iterator[Module] | Sequence[Module] | object) -> Iterator[str]:
@@ -91,18 +123,21 @@ def _expert_scales(modules: Iterator[Module] | Sequence[Module] | object) -> Ite
 def scales_of(found: Checkpoint) -> dict[str, str]:
     """Every scale of a checkpoint and the weight that it belongs to."""
     names = [*_expert_scales(found.modules.values()), *(n for n in found.others if n.endswith(SUFFIX))]
-    return {name: name.removesuffix(SUFFIX) for name in names if name.removesuffix(SUFFIX) in found.tensors}
+    return {
+        name: name.removesuffix(SUFFIX)
+        for name in names
+        if name.endswith(SUFFIX) and name.removesuffix(SUFFIX) in found.tensors and found.tensors[name].dtype in SCALES
+    }
 
 
-def refuse_decoding(source: Checkpoint, modules: Mapping[str, Module], pairs: Mapping[str, str]) -> None:
-    """Raise where a destination has a place for coded experts and none for their scales: codes are no values."""
-    for path, module in modules.items():
-        there = source.modules[pairs[path]] if path in pairs else None
-        roles = {row.role for row in module.layout.rows}
-        for role in there.tensors if there is not None else ():
-            if role.endswith(SCALE) and role not in roles and role.removesuffix(SCALE) in roles:
-                assert there is not None
-                raise _codec_error(source, next(filter(None, there.tensors[role.removesuffix(SCALE)]), None))
+def no_values(source: str, target: str, dtype: str) -> QuantizationError:
+    """A destination that can hold neither the codes, for want of a place for their scales, nor what they decode to."""
+    return QuantizationError(
+        f"a float dtype for {show(target)}, or a place for the scales of {show(source)}",
+        dtype,
+        tensor=target,
+        hint="quantised weights are decoded into F64, F32, F16 or BF16",
+    )
 
 
 def refuse_cast(source: Checkpoint, name: str, dtype: str) -> None:

@@ -1,7 +1,7 @@
 """A share of another process's staging: files that it made are filled from here, by position.
 
-The folder is opened once and files are found from there, so that a share of an attempt that was given up can never reach
-the files of a later one, which take the same names. It rejects a folder that is not the one that was made.
+The folder is opened once and files are found from there, so that a share of an attempt that was given up can never
+reach the files of a later one, which take the same names. It rejects a folder that is not the one that was made.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class Share:
             if name not in self._files:
                 if not os.fstat(self._fd).st_nlink:
                     raise PeerFailedError(
-                        f"the staged {show(name)}", "it taken away: another rank has failed", path=path, rank=self._rank
+                        f"the staged {show(name)}",
+                        "it taken away: another rank has failed",
+                        path=path,
+                        rank=self._rank,
                     )
                 with writing.failures("open", path):
                     self._files[name] = writing.reopen(Path(name), self._fd)

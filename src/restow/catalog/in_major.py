@@ -25,6 +25,26 @@ TABLES = (
     ignore    *.rotary_emb.inv_freq
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     """,
+    # Names, biases and activation are gpt_oss's, but gate and up lie one after the other.
+    """
+    family    openai_privacy_filter
+    size      e = num_local_experts|num_experts
+    size      f = intermediate_size
+    size      d = hidden_size
+    size      L = num_hidden_layers
+    order     gate|up p f
+    module    mlp.experts
+    spelling  hf
+              in         gate_up_proj        e d (p f)
+              out        down_proj           e f d
+              in.bias    gate_up_proj_bias   e (p f)
+              out.bias   down_proj_bias      e d
+    router    router        mlp.router.weight   e d
+              router.bias   mlp.router.bias     e
+    ignore    *.rotary_emb.inv_freq
+    require   model.embed_tokens.weight model.norm.weight ?score.weight
+    tie       never
+    """,
     # transformers 5.23 writes `fused` under the vendor's names.
     """
     family    qwen3_vl_moe

@@ -18,6 +18,7 @@ from restow.adapter_config import AdapterConfig, adapter_config
 from restow.adapter_emit import (
     FIELDS,
     NEWEST,
+    RENAMED,
     VERSIONS,
     Wanted,
     one_scale,
@@ -140,10 +141,13 @@ def make_job(
         rounded += module.originals
         if module.parts is not None:
             parts["|".join(map(str, base.family.place(path)))] = module.parts
+    by_weight = _by_weight(adapter, base, fmt)
     for plain in adapter.plain:
         scale = _plain_b(plain, config, stamp, get, original, None)[1] if not fmt.one_scale else None
         scale = scale or config.scale(plain.rank, plain.alpha)
-        want.append(Wanted((plain.module,), ".".join(plain.module.split(".")[-2:]), plain.rank, scale))
+        weight = ".weight" if plain.module in by_weight else ""
+        tail = ".".join(plain.module.split(".")[-2:])
+        want.append(Wanted((f"{plain.module}{weight}",), f"{tail}{weight}", plain.rank, scale))
         scale_keys.append((f"plain|{plain.module}", plain.rank, scale))
     passed = _passed(adapter)
     specs += [(name, dtypes[source], shapes[source]) for name, source in passed.items()]
@@ -257,8 +261,9 @@ def _targets(adapter: Adapter, base: Base, fmt: Format) -> dict[str, Any]:
     """target_modules and target_parameters in the format's names."""
     config, family = adapter.config, base.family
     given = config.names("target_parameters")
-    routers = [p.module for p in adapter.plain if any(_ends(f"{p.module}.weight", t) for t in given)]
-    plain = [p.module for p in adapter.plain if p.module not in routers]
+    weights = _by_weight(adapter, base, fmt)
+    new = [f"{m}.weight" for m in weights if not any(_ends(f"{m}.weight", t) for t in given)]
+    plain = [p.module for p in adapter.plain if p.module not in weights]
     modules = target_modules(config, plain, base)
     names: list[str] = []
     tails: list[str] = []
@@ -273,11 +278,35 @@ def _targets(adapter: Adapter, base: Base, fmt: Format) -> dict[str, Any]:
     if fmt.kind in ("expert",):
         experts = _expert_entries(adapter, base, list(dict.fromkeys(leaves)))
         stay = [t for t in given if not any(_ends(n, t) for n in _parameters(adapter, base))]
+        ours = [f"{p.module}.weight" for p in adapter.plain if p.module not in weights]
+        stay = [t for t in stay if not any(_ends(n, t) for n in ours)]
         return {"target_modules": [*modules, *experts], "target_parameters": stay or None}
     every = base.checkpoint is None or len(adapter.modules) == len(base.checkpoint.modules)
     counts = {tail: tails.count(tail) for tail in tails}
     every = every and len(set(counts.values())) <= 1
-    return {"target_modules": modules, "target_parameters": target_parameters(config, names, tails, every)}
+    parameters = [*target_parameters(config, names, tails, every), *new]
+    return {"target_modules": modules, "target_parameters": parameters}
+
+
+def _by_weight(adapter: Adapter, base: Base, fmt: Format) -> list[str]:
+    """Ordinary modules that are targeted by their weights' names.
+
+    Routers already are. PEFT from 0.19 on takes every name that ends in `gate_proj` and the like for the experts of
+    models whose hub names it knows (transformers_weight_conversion.py, _convert_peft_config_moe), whatever stands
+    before it: dense layers and shared experts of such models can only be meant by their weights.
+    """
+    given = adapter.config.names("target_parameters")
+    linear = {n.removesuffix(".weight") for n in base.canonical_weights}
+    found = []
+    for plain in adapter.plain:
+        module, leaf = plain.module, plain.module.rpartition(".")[2]
+        named = any(_ends(f"{module}.weight", t) for t in given)
+        taken = fmt.kind == "wrapper" and fmt.era == "0.19.1" and leaf in RENAMED and len(base.family.labels) > 1
+        back = named and fmt.kind == "expert" and leaf in RENAMED and leaf != "gate"
+        known = base.checkpoint is None or base.family.canonical(module) in linear
+        if (named and not back) or (taken and known):
+            found.append(module)
+    return found
 
 
 def _parameters(adapter: Adapter, base: Base) -> list[str]:

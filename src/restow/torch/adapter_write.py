@@ -117,7 +117,6 @@ def arrange(
             notes += _said(ins, one, to)
             if fmt.kind == "native" and outs:
                 outs = [resized(outs[0], max(outs[0].rank, one.rank), rslora)]
-                one = resized(one, outs[0].rank, rslora)
         blocks = [one, *outs]
     absent = [b for b in blocks if len(b.experts) < b.a.shape[0]]
     if absent and fmt.kind not in ("expert",):

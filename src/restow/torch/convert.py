@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 
 from restow.checkpoint import Checkpoint
+from restow.codec import without_quantization
+from restow.codecs import rounds
 from restow.errors import ConfigError, MissingTensorError, UnexpectedTensorError, UsageError, show
 from restow.landing import Experts, Wish, chosen_experts, layout_of
 from restow.layout import Layout
@@ -103,6 +105,7 @@ def convert(
     to: str | Layout,
     experts: Experts = None,
     dtype: torch.dtype | None = None,
+    keep_quantized: bool = False,
     max_shard_bytes: int = 5 * 2**30,
     threads: int | None = None,
     replace: bool = False,
@@ -115,7 +118,8 @@ def convert(
     `to`: a layout's name (the family's meaning first), a `Layout`, "hf" (what the vendor ships) or "source" (what was
     recorded by the conversion that made `source`: file map, headers and all). `experts` keeps these experts, in this
     order, with their router rows, and mends the config. `dtype` casts floating tensors, but for rows that must stay
-    exact. All other tensors, the config and tokenizer files come along unchanged. At most 1 GiB of memory, whatever
+    exact. Quantised weights are decoded, to the config's dtype without `dtype`; `keep_quantized` takes codes and scales along as
+    they are, where `to` has a place for them. All other tensors, the config and tokenizer files come along unchanged. At most 1 GiB of memory, whatever
     the size. The manifest records a digest per tensor and per leaf, with `sha256` one per file; odd values (NaN, experts
     of zeros) are warnings. Raises the source's fatal problems, `UsageError` for an unknown `to`, and `DestinationError`s; then
     nothing is written.
@@ -123,7 +127,7 @@ def convert(
     started = time.perf_counter()
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     warnings = refuse(opened, strict)
-    job = _prepare(opened, to, experts, dtype, max_shard_bytes)
+    job = _prepare(opened, to, experts, dtype, max_shard_bytes, keep_quantized)
     size = (
         sum(file.size for file in job.files)
         + sum(map(len, job.side.values()))
@@ -162,10 +166,12 @@ def convert(
 
 
 def _prepare(
-    opened: Checkpoint, to: str | Layout, experts: Experts, dtype: torch.dtype | None, max_bytes: int
+    opened: Checkpoint, to: str | Layout, experts: Experts, dtype: torch.dtype | None, max_bytes: int, keep: bool
 ) -> _Job:
     if opened.path is None or not opened.modules:
         raise UsageError("a checkpoint with experts", "none", path=opened.path)
+    if keep and dtype is not None:
+        raise UsageError("keep_quantized=True alone", "dtype= with it: codes cannot be cast")
     if max_bytes < 1:
         raise UsageError("max_shard_bytes of at least 1", f"{max_bytes}")
     side = side_files(opened.path, opened.stamps)
@@ -178,17 +184,20 @@ def _prepare(
     assert layout is not None
     _judge_experts(opened, experts)
     wish = Wish(layout=layout, family=opened.family, experts=experts, routers=experts is not None)
-    targets = list(_with_routers(opened, default_targets(opened, layout, wish), wish))
+    targets = list(_with_routers(opened, default_targets(opened, layout, wish, keep_quantized=keep), wish))
     _judge_names(targets)
     prepared = prepare(opened, targets, wish)
     prepared = dataclasses.replace(prepared, targets={t.name: _cast(prepared, t, dtype) for t in targets})
     _judge_cover(prepared)
+    decoded_from = () if prepared.source.coded is None else sorted({c.name for c in prepared.source.coded.codecs})
+    if decoded_from and "config.json" in sides:
+        sides["config.json"] = without_quantization(sides["config.json"])
     if experts is not None:
         sides["config.json"] = _mended(opened, wish, sides.get("config.json"))
     metadata = {"format": "pt"}
     files = new_files(((t.name, t.dtype, t.shape) for t in prepared.targets.values()), max_bytes, metadata)
     why_not = (
-        "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
+        f"values were decoded from {', '.join(decoded_from)}" if decoded_from else "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
     )
     return _Job(
         prepared=prepared,
@@ -396,7 +405,8 @@ def _write(
         for file in job.files:
             staging.create(file.name, file.size)
             account(file.name, staging.write(file.name, 0, file.head))
-        read = stream(job.prepared, _slices(job), hand_on, threads=threads, progress=_progress(progress, total))
+        shown = _progress(progress, total)
+        read = stream(job.prepared, _slices(job), hand_on, threads=threads, progress=shown, chunk=CHUNK)
         for future in sealed:
             future.result()
     problems = digests.problems() if opened.codec is None else ()
@@ -426,9 +436,22 @@ def _narrowed(job: _Job) -> dict[str, str]:
     found = {}
     for name, target in job.prepared.targets.items():
         lossy = [dtype for dtype in _dtypes(job.prepared, name) if narrows(dtype, target.dtype)]
+        lossy = lossy or _decoded_lossy(job.prepared, name, target.dtype)
         if lossy:
             found[name] = f"{lossy[0]} -> {target.dtype}"
     return found
+
+
+def _decoded_lossy(prepared: Prepared, name: str, dtype: str) -> list[str]:
+    """The codecs of what fills a target, whose values may have more digits than its dtype holds."""
+    source = prepared.source
+    if source.coded is None or name not in prepared.targets:
+        return []
+    names = [prepared.plain[name]] if name in prepared.plain else []
+    if name in prepared.owners:
+        path, role, _ = prepared.owners[name]
+        names = [n for n in source.modules[prepared.pairs[path]].tensors[role] if n is not None]
+    return sorted({codec.name for codec in (source.coded.codec(n) for n in names if n in source.coded) if rounds(codec, dtype)})
 
 
 def _identity(opened: Checkpoint) -> dict[str, int]:

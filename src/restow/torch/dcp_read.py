@@ -1,8 +1,8 @@
-"""Distributed Checkpoint reads Hugging Face folders: native names in the state, hub files on the disk, no conversion step.
+"""Distributed Checkpoint reads Hugging Face folders: native names in the state, hub files on the disk.
 
 `Reader` presents every tensor of the source in the wanted layout, whole, one chunk each; plain `dcp.load` with its
-default planner then asks for the boxes that this rank's tensors need, and those are read like any restow load: own bytes
-only, straight into the tensors that the planner hands out. Objects that are no tensors are rejected by name.
+default planner then asks for the boxes that this rank's tensors need, and those are read like any restow load: own
+bytes only, straight into the tensors that the planner hands out. Objects that are no tensors are rejected by name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.checkpoint import StorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from restow.errors import MissingTensorError, UsageError, show

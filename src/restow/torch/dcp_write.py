@@ -19,10 +19,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch.distributed.checkpoint import StorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from restow.boxes import overlap
@@ -122,7 +121,9 @@ class Writer(StorageWriter):
         if before is not None and before is not self and before._given_up():
             before._withdraw()
         sources = [outline.like] if outline.like else []
-        staging = Staging(self.path, size=outline.size, count=outline.count, sources=sources, replace=self._replace)
+        staging = Staging(
+            self.path, size=outline.size, count=outline.count, sources=sources, replace=self._replace
+        )
         self._staging = self._open.enter_context(staging)
         _LIVE[place.path] = self
         for file in outline.files:
@@ -145,7 +146,9 @@ class Writer(StorageWriter):
 
     def _prepared(self, outline: Outline, union: Mapping[str, Target]) -> Prepared:
         return prepare(
-            outline.checkpoint, list(union.values()), Wish(family=outline.checkpoint.family, rename=self._rename)
+            outline.checkpoint,
+            list(union.values()),
+            Wish(family=outline.checkpoint.family, rename=self._rename),
         )
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

@@ -60,7 +60,12 @@ def on_one_device(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether this is a plan of ours: files only, into one CUDA device only."""
     filled = {plan.targets[copy.target].name for copy in plan.copies}
     devices = {tensors[name].device for name in filled}
-    return len(devices) == 1 and next(iter(devices)).type == "cuda" and not plan.codings and all(part.file for part in plan.parts)
+    return (
+        len(devices) == 1
+        and next(iter(devices)).type == "cuda"
+        and not plan.codings
+        and all(part.file and part.coding < 0 for part in plan.parts)
+    )
 
 
 def run_on_device(
@@ -83,64 +88,78 @@ def run_on_device(
 
 def loads(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[Load]:
     """The plan's copies cut into tiles and packed into slots, in the order of the files; neighbours are one read."""
-    load = Load([], {}, 0)
-    for reads, need, tiles in _tiles(plan, tensors):
-        at = load.size
-        last = load.pieces[-1] if load.pieces else None
-        joined = last is not None and (last.file, last.begin + last.length) == reads[0][:2]
-        joined = joined and last is not None and at == last.at + last.length
-        if not joined:
-            at = -(-at // ALIGN) * ALIGN + reads[0].begin % ALIGN
-        if at + need > SLOT and load.pieces:
-            yield load
-            load, joined = Load([], {}, 0), False
-            at = reads[0].begin % ALIGN
-        if joined and last is not None:
-            load.pieces[-1] = last._replace(length=last.length + reads[0].length)
+    pieces: list[Piece] = []
+    tiles: dict[Shape, list[tuple[int, int]]] = {}
+    size, file, end = 0, "", -1  # bytes of the slot in use, and where in which file its last read ends
+    for reads, need, parts in _tiles(plan, tensors):
+        first = reads[0]
+        joined = first.begin == end and first.file == file
+        at = size if joined else -(-size // ALIGN) * ALIGN + first.begin % ALIGN
+        if at + need > SLOT and pieces:
+            yield Load(pieces, tiles, size)
+            pieces, tiles, joined = [], {}, False
+            at = first.begin % ALIGN
+        if joined:
+            pieces[-1] = pieces[-1]._replace(length=pieces[-1].length + first.length)
             reads = reads[1:]
-        load.pieces.extend(piece._replace(at=piece.at + at) for piece in reads)
-        for shape, begin, to in tiles:
-            load.tiles.setdefault(shape, []).append((at + begin, to))
-        load = load._replace(size=at + need)
-    if load.pieces:
-        yield load
+        for piece in reads:
+            pieces.append(Piece(piece.file, piece.begin, piece.length, piece.at + at))
+        for shape, to in parts:
+            places = tiles.get(shape)
+            if places is None:
+                places = tiles[shape] = []
+            places.append((at, to))
+        size = at + need
+        last = pieces[-1]
+        file, end = last.file, last.begin + last.length if last.at + last.length == size else -1
+    if pieces:
+        yield Load(pieces, tiles, size)
 
 
-Tiles = tuple[list[Piece], int, list[tuple[Shape, int, int]]]
+Tiles = tuple[list[Piece], int, list[tuple[Shape, int]]]
+
+
+class _Kind(NamedTuple):
+    """What copies of one pattern into one target share."""
+
+    shape: Shape
+    offset: int
+    strides: tuple[int, ...]
+    size: int
+    simple: bool  # one read that fits a slot
 
 
 def _tiles(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[Tiles]:
-    """(reads, bytes in the slot, tiles) of every tile of every copy; places are relative to the tile."""
-    known: dict[tuple[int, int, str], tuple[Shape, torch.Tensor]] = {}
+    """(reads, bytes in the slot, where each tile goes) of every tile of every copy; reads are relative to the tile."""
+    known: dict[tuple[int, int, str], _Kind] = {}
     limit = SLOT - ALIGN
     for batch in plan.batches():
-        copy = batch[0]
-        part = plan.parts[copy.source]
-        shapes = []
+        part = plan.parts[batch[0].source]
+        kinds = []
         for one in batch:
             key = (one.pattern, one.target, part.dtype)
-            if key not in known:
-                known[key] = _shape(plan, one, tensors[plan.targets[one.target].name])
-            shapes.append(known[key])
-        width = shapes[0][0].dtype.itemsize
-        sizes, steps = plan.patterns[copy.pattern][:2]
-        size = prod(sizes) * width
-        begin = part.begin + copy.at * width
-        how = spans(sizes, steps, width)
-        to = [tensor.storage_offset() + _dot(one.start, tensor.stride())
-              for one, (_, tensor) in zip(batch, shapes, strict=True)]  # fmt: skip
-        if how.outer == 0 and not how.rows and size <= limit:  # nearly all: one tensor, one read
-            tiles = [(shape, 0, place) for (shape, _), place in zip(shapes, to, strict=True)]
-            yield [Piece(part.file, begin, size, 0)], size, tiles
+            kind = known.get(key)
+            if kind is None:
+                kind = known[key] = _kind(plan, one, tensors[plan.targets[one.target].name], limit)
+            kinds.append(kind)
+        kind = kinds[0]
+        begin = part.begin + batch[0].at * kind.shape.dtype.itemsize
+        to = [k.offset + _dot(one.start, k.strides) for one, k in zip(batch, kinds, strict=True)]
+        if kind.simple:
+            tiles = [(k.shape, place) for k, place in zip(kinds, to, strict=True)]
+            yield [Piece(part.file, begin, kind.size, 0)], kind.size, tiles
         else:
-            yield from _cut(part.file, begin, [shape for shape, _ in shapes], to, sizes, steps, limit)
+            yield from _cut(part.file, begin, [k.shape for k in kinds], to, limit)
 
 
-def _shape(plan: Plan, copy: Copy, tensor: torch.Tensor) -> tuple[Shape, torch.Tensor]:
+def _kind(plan: Plan, copy: Copy, tensor: torch.Tensor, limit: int) -> _Kind:
     sizes, steps, places = plan.patterns[copy.pattern]
     dtype = torch_dtype(plan.parts[copy.source].dtype)
     strides = tuple(step * tensor.stride(dim) for dim, step in places)
-    return Shape(copy.target, dtype, sizes, steps, strides), tensor
+    how, size = spans(sizes, steps, dtype.itemsize), prod(sizes) * dtype.itemsize
+    simple = how.outer == 0 and not how.rows and size <= limit
+    shape = Shape(copy.target, dtype, sizes, steps, strides)
+    return _Kind(shape, int(tensor.storage_offset()), tuple(tensor.stride()), size, simple)
 
 
 def _cut(
@@ -148,11 +167,10 @@ def _cut(
     begin: int,
     shapes: Sequence[Shape],
     to: Sequence[int],
-    sizes: tuple[int, ...],
-    steps: tuple[int, ...],
     limit: int,
 ) -> Iterator[Tiles]:
     """A copy that is larger than a slot or not one run of its file, tile by tile."""
+    sizes, steps = shapes[0].sizes, shapes[0].source
     width = shapes[0].dtype.itemsize
     how = spans(sizes, steps, width)
     axis, length = tile_axis(sizes, width, how, shapes[0].strides, limit)
@@ -175,7 +193,6 @@ def _cut(
             tiles = [
                 (
                     Shape(one.target, one.dtype, box, strides, one.strides[axis:]),
-                    0,
                     at + _dot(place, one.strides),
                 )
                 for one, at in zip(shapes, to, strict=True)

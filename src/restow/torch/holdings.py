@@ -50,7 +50,9 @@ class Holding(NamedTuple):
 
 def holding_of(slots: Mapping[str, Slot], shard: Shard | None, words: Mapping[str, str]) -> Holding:
     """This rank's own."""
-    held = tuple(Held(n, s.target.shape, s.target.dtype, None if s.plain else s.target.runs) for n, s in slots.items())
+    held = tuple(
+        Held(n, s.target.shape, s.target.dtype, None if s.plain else s.target.runs) for n, s in slots.items()
+    )
     return Holding(held, tied_names(slots), (shard.axis, shard.rank, shard.of) if shard else None, words)
 
 
@@ -82,11 +84,13 @@ def tied_names(slots: Mapping[str, Slot]) -> dict[str, str]:
 
 
 def check_words(everybody: Sequence[Holding]) -> None:
-    """Raise `IntegrityError` unless all ranks said the same: destination, layout, dtype and so on, and tensors alike."""
+    """Raise `IntegrityError` unless all ranks said the same: destination, layout, dtype and so on, tensors alike."""
     for rank, one in enumerate(everybody):
         for key, text in everybody[0].words.items():
             if one.words.get(key) != text:
-                raise IntegrityError(f"{key} {show(text)} on every rank", f"{show(one.words.get(key))} on rank {rank}")
+                raise IntegrityError(
+                    f"{key} {show(text)} on every rank", f"{show(one.words.get(key))} on rank {rank}"
+                )
     known: dict[str, tuple[int, Held, object]] = {}
     for rank, one in enumerate(everybody):
         for held in one.held:
@@ -212,7 +216,9 @@ def _wrong(name: str, shape: Sequence[int], cuts: Sequence[Cut], prepared: Prepa
     path, role, _ = prepared.owners[name]
     module = prepared.modules[path]
     size = axis_size(module.layout.row(role), axis, module.sizes)
-    gone = [rank for rank in range(of) if (axis, rank, of) not in shards and Shard(axis, rank, of).run(size)[1]]
+    gone = [
+        rank for rank in range(of) if (axis, rank, of) not in shards and Shard(axis, rank, of).run(size)[1]
+    ]
     return f"no rank with part {gone[0]} of {of} of {axis}" if gone else ""
 
 

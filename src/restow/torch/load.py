@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from restow.checkpoint import Checkpoint, survey
+from restow.codecs import CODECS, rounds
 from restow.entries import Entry, Piece
 from restow.errors import (
     IntegrityError,
@@ -305,7 +306,14 @@ def _narrowed(made: Plan, opened: Checkpoint) -> dict[str, str]:
     found: dict[str, str] = {}
     for copy in made.copies:
         part, target = made.parts[copy.source], made.targets[copy.target]
-        if target.name in found or not narrows(part.dtype, target.dtype):
+        if target.name in found:
+            continue
+        if part.coding >= 0:
+            codec = CODECS[made.codings[part.coding].codec]
+            if rounds(codec, target.dtype):
+                found[target.name] = f"{codec.name} -> {target.dtype}"
+            continue
+        if not narrows(part.dtype, target.dtype):
             continue
         row = opened.routers.get(part.name)
         if row is not None and row.exact:

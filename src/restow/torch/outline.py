@@ -1,4 +1,4 @@
-"""The files that a save will write, as a checkpoint without data: the plan that would load from them is the save's plan.
+"""The files that a save will write, as a checkpoint without data: the plan that would load from them is its plan.
 
 Made alike on every rank from what all ranks hold, or from a checkpoint to be like. It rejects states whose family and
 layout nobody said.
@@ -141,7 +141,9 @@ def new_outline(
         local = {shard.axis: shard.run(sizes[shard.axis])[1]}
     again = _said_once(tied, family, table)
     union = {name: target for name, target in union.items() if name not in again}
-    strange = [name for name in union if family is not None and any(fits(p, name, sizes) for p in family.foreign)]
+    strange = [
+        name for name in union if family is not None and any(fits(p, name, sizes) for p in family.foreign)
+    ]
     if strange:
         raise UnexpectedTensorError(
             "tensors that a rename brings to the vendor's files", f"{len(strange)} that they hold in another form",
@@ -151,7 +153,13 @@ def new_outline(
     shapes = {name: target.shape for name, target in union.items()}
     candidates = candidates_of(family, None)
     found = find_modules(
-        shapes, candidates, sizes, claimed=lambda name: True, local=local, partial=bool(local), what="the state"
+        shapes,
+        candidates,
+        sizes,
+        claimed=lambda name: True,
+        local=local,
+        partial=bool(local),
+        what="the state",
     )
     if found.errors:
         raise merged(found.errors)
@@ -210,12 +218,16 @@ def _expert_specs(
     return specs
 
 
-def _said_once(tied: Mapping[str, str], family: Family | None, config: Mapping[str, object] | None) -> set[str]:
+def _said_once(
+    tied: Mapping[str, str], family: Family | None, config: Mapping[str, object] | None
+) -> set[str]:
     """The names of tied tensors that are not written: all but one a memory, the head's first of all.
 
     Where a config says that its model does not tie them, a reader wants both: then the head is written too.
     """
-    heads = {family.canonical(p.lstrip("?")) for p in family.required if p.startswith("?")} if family else set()
+    heads = (
+        {family.canonical(p.lstrip("?")) for p in family.required if p.startswith("?")} if family else set()
+    )
     groups: dict[str, list[str]] = {}
     for name, first in tied.items():
         groups.setdefault(first, [first]).append(name)

@@ -1,8 +1,8 @@
 """The other ranks of a save: what they say, how far they are, whether they live. On a store, never in a collective.
 
-Every rank beats on a key of its own and watches its neighbour's beat; who waits for a rank watches that one too. A rank
-that failed leaves its error for all, and whoever finds one dead leaves that: all others raise within seconds, also while
-they write. A rank that has not come yet is given longer. One process alone is the same with no store.
+Every rank beats on a key of its own and watches its neighbour's beat; who waits for a rank watches that one too. A
+rank that failed leaves its error for all, and whoever finds one dead leaves that: all others raise within seconds, also
+while they write. A rank that has not come yet is given longer. One process alone is the same with no store.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from restow.errors import PeerFailedError, PeerTimeoutError, RestowError, UsageError
 
@@ -32,7 +33,7 @@ class Peers:
     """The ranks of `group`, seen from this one. `rank` and `size` count inside the group; rank 0 publishes."""
 
     def __init__(self, group: dist.ProcessGroup | None, *, alone: bool) -> None:
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self.rank, self.size = 0, 1
         if alone or not dist.is_initialized():
             return
@@ -47,8 +48,8 @@ class Peers:
         name = f"restow/{getattr(chosen, 'group_name', 'world')}"
         # Ranks that call in the same order count alike, so the count names the attempt without a word between them.
         attempt = whole.add(f"{name}/{self.rank}", 1)
-        self._group = dist.PrefixStore(name, whole)
-        self._store = dist.PrefixStore(f"{name}/{attempt}", whole)
+        self._group = PrefixStore(name, whole)
+        self._store = PrefixStore(f"{name}/{attempt}", whole)
         self._looked = 0.0
         self._beats: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new
 
@@ -116,9 +117,11 @@ class Peers:
         name, pause = f"{key}/{rank}", POLL[0]
         while True:
             try:
-                left = self._store.check([f"left/{rank}"])  # before the look for its text, which it left earlier
+                left = self._store.check(
+                    [f"left/{rank}"]
+                )  # before the look for its text, which it left earlier
                 if self._store.check([name]):
-                    return self._store.get(name).decode()
+                    return bytes(self._store.get(name)).decode()
             except Exception as error:
                 raise self._no_store(key, error) from error
             self.watch(key, rank)

@@ -1,7 +1,8 @@
 """`restow.save`: a sharded model to files that anyone can load; every rank writes its own bytes, nothing is gathered.
 
-What the files will hold is laid out first, on every rank alike; the plan that would load this model from them is then run
-the other way. It rejects state that has no place in the files, files that no rank fills, and what `publish` rejects.
+What the files will hold is laid out first, on every rank alike; the plan that would load this model from them is then
+run the other way. It rejects state that has no place in the files, files that no rank fills, and what `publish`
+rejects.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def save(
     layout is `layout`, else what the family's vendor ships. `rename` is what a load from these files takes, applied
     backwards. `shard` says which part plain expert tensors hold. `dtype` is that of the files' floating tensors, rows
     that must stay exact apart; without `like` and `dtype` it is the state's. `config` is what becomes config.json: a
-    config of transformers, a dict or a path; the state's own if it has one. Ranks that hold the same part write it once.
+    config of transformers, a dict or a path; the state's own if it has one. Ranks with the same part write it once.
     `wait=False` copies the state to host memory and returns a `SaveHandle`; `reuse` is an earlier handle, done by now,
     whose buffers are taken again. `page_bytes` is the unit of a file that only one node may write, by the file system's
     type if None (0: none). `group` is that of all ranks that hold the model: the default one where DTensors are, else
@@ -129,7 +130,9 @@ def save(
     it was.
     """
     started = time.perf_counter()
-    spread = shard is not None or group is not None or any(isinstance(t, DTensor) for _, t, _ in tensors_of(state))
+    spread = (
+        shard is not None or group is not None or any(isinstance(t, DTensor) for _, t, _ in tensors_of(state))
+    )
     peers = Peers(group, alone=not spread)
     with ExitStack() as stack:
         stack.enter_context(peers.attempt())
@@ -158,7 +161,9 @@ def save(
                 union.tensors, union.tied, union.shard, layout, known, rename, name, max_shard_bytes, text
             )
 
-        bar = _bar() if progress is True and peers.rank == 0 else None if progress is True else progress or None
+        bar = (
+            _bar() if progress is True and peers.rank == 0 else None if progress is True else progress or None
+        )
         job = Job(slots, path, lay_out, rename, shard, replace, page_bytes, threads, bar)
         if wait:
             return _report(save_together(job, holding, peers), path, started)

@@ -158,7 +158,9 @@ def _lead(job: Job, outline: Outline, plan: Plan, peers: Peers) -> tuple[int, tu
         paged = _paged(staging.write, page, folder, [*heads, *_ranges(plan, page)], peers)
         for file in outline.files:
             paged.write(file.name, 0, memoryview(file.head))
-        written = write_plan(plan, _locals(job), paged.write, threads=job.threads, done=_watched(job, plan, peers))
+        written = write_plan(
+            plan, _locals(job), paged.write, threads=job.threads, done=_watched(job, plan, peers)
+        )
         if page:
             paged.collect(peers.pool("edges", paged.spilled(), all_spills))
         for rank in range(1, peers.size):
@@ -176,7 +178,9 @@ def _follow(job: Job, outline: Outline, plan: Plan, peers: Peers) -> tuple[int, 
     token, folder, page = json.loads(peers.hear("begin", 0))
     with Share(Path(folder), token, peers.rank) as share:
         paged = _paged(share.write, page, Path(folder), _ranges(plan, page), peers)
-        written = write_plan(plan, _locals(job), paged.write, threads=job.threads, done=_watched(job, plan, peers))
+        written = write_plan(
+            plan, _locals(job), paged.write, threads=job.threads, done=_watched(job, plan, peers)
+        )
         if page:
             paged.collect(peers.pool("edges", paged.spilled(), all_spills))
         share.sync(between=lambda: peers.watch("written"))

@@ -17,6 +17,7 @@ import torch
 
 from restow.boxes import held
 from restow.checkpoint import Checkpoint
+from restow.decoded import DecodedTensors, decoded
 from restow.errors import UsageError, show
 from restow.find import Module
 from restow.landing import Wish, pair_modules
@@ -26,7 +27,6 @@ from restow.notation import Row
 from restow.opening import family_of, open_checkpoint
 from restow.planning import Prepared, pair_others
 from restow.problems import merged
-from restow.quantized import refuse_decoding
 from restow.targets import Target, whole_target
 from restow.torch.alone import judge_alone
 from restow.torch.chunks import CHUNK, Filled, Slice, fill, grouped, room
@@ -111,8 +111,7 @@ class _Sides:
 def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: bool) -> _Sides:
     wish = Wish(family=first.family or second.family, rename=rename)
     pairs = pair_modules(first, second.modules, wish)
-    refuse_decoding(first, second.modules, pairs)
-    refuse_decoding(second, first.modules, {theirs: ours for ours, theirs in pairs.items()})
+    first, second = decoded(first), decoded(second)
     names = [] if experts_only else list(second.others)
     plain = pair_others(first, names, wish)
     found: list[Difference] = []
@@ -122,6 +121,12 @@ def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: b
 
     def add(name: str, sources: Sequence[str]) -> None:
         kinds = {first.tensors[source].dtype for source in sources}
+        coded = [_codes(first, sources[0]), _codes(second, name)]
+        if any(coded):  # values as they are decoded for the other side's dtype; in float32 where both are codes
+            common = "F32" if all(coded) else first.tensors[sources[0]].dtype if coded[1] else second.tensors[name].dtype
+            cast[name] = (coded[0] or common, coded[1] or common)
+            targets[name] = whole_target(name, second.tensors[name].shape, common)
+            return
         ours, theirs = second.tensors[name].dtype, wider(sorted(kinds)) or " and ".join(sorted(kinds))
         common = ours if kinds == {ours} else _common(theirs, ours)
         if common is None:
@@ -181,6 +186,14 @@ def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: b
     prepared = Prepared(first, targets, wish, second.modules, pairs, owners, plain)
     own = Prepared(second, targets, Wish(), {}, {}, {}, {name: name for name in targets})
     return _Sides(prepared, own, targets, tuple(found), cast)
+
+
+def _codes(side: Checkpoint, name: str) -> str | None:
+    """The dtype of the codes behind a coded weight, None for a plain one."""
+    if side.coded is None or name not in side.coded:
+        return None
+    assert isinstance(side.tensors, DecodedTensors)
+    return side.tensors.raw[side.coded[name].name].dtype
 
 
 def _gaps(module: Module, role: str, where: str) -> list[Difference]:

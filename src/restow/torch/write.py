@@ -1,8 +1,8 @@
 """A load plan run the other way: local storage into the places of the files that it would have been read from.
 
-The inverse is not written down anywhere: the same copies, source and destination exchanged. Tiles are gathered in the
-order of the file in one buffer a thread and written by position; where memory and file agree in order, memory is written
-as it lies. Every element is booked, as in a load.
+The inverse is not written down anywhere: the same copies, source and destination exchanged. Tiles are gathered in
+the order of the file in one buffer a thread and written by position; where memory and file agree in order, memory is
+written as it lies. Every element is booked, as in a load.
 """
 
 from __future__ import annotations
