@@ -170,7 +170,7 @@ def test_load(case: Case, tmp_path: Path) -> None:
     state = model(path, tmp_path / "flags" if "F34" in case.id else None)
     if case.id.startswith("R"):
         state = {"w": torch.full((32, 4), 7.5)}
-    by_data = case.id in DATA and case.id not in CODED
+    by_data = case.id in DATA
     try:
         report = restow.load(path, state, check=by_data)
     except RestowError as error:
@@ -348,7 +348,6 @@ def test_command_line(case: Case, tmp_path: Path) -> None:
     path = built(case, tmp_path)
     kind, holds, fatal = wanted(case)
     before = tree(tmp_path)
-    coded = case.id in corpus_quant.BY_DATA
     code, text = invoke("inspect", str(path))
     assert code == (1 if fatal and case.id not in DATA and case.id != "C01_no_config" else 0)
     assert case.id in DATA or kind.__name__ in text
@@ -358,13 +357,13 @@ def test_command_line(case: Case, tmp_path: Path) -> None:
     assert "Traceback" not in text
     code, _ = invoke("verify", str(path), "--strict")
     assert code == 1
-    if fatal and not coded:
+    if fatal:
         code, text = invoke("convert", str(path), str(tmp_path / "out"), "--to", "grouped")
         assert code == 1
         assert kind.__name__ in text
     code, text = invoke("convert", str(path), str(tmp_path / "out"), "--to", "grouped", "--strict")
     assert code == 1
-    assert kind.__name__ in text or coded
+    assert kind.__name__ in text
     assert tree(tmp_path) == before
 
 
@@ -408,13 +407,11 @@ def test_controls_are_accepted(case: Case, tmp_path: Path) -> None:
     assert not restow.open(path).problems
     assert invoke("inspect", str(path), "--strict")[0] == 0
     assert invoke("verify", str(path), "--strict")[0] == 0
-    try:
-        restow.convert(path, tmp_path / "out", to="grouped", strict=True)
-        state = model(path)
-        restow.load(path, state, check=True, strict=True)
-    except errors.QuantizationError:
-        assert case.id in CODED
-        return
+    if case.id == "Q16_attention_in_fp8":
+        return  # decoded outside the experts only with their own tensors: the tests of quantised weights do that
+    restow.convert(path, tmp_path / "out", to="grouped", strict=True)
+    state = model(path)
+    restow.load(path, state, check=True, strict=case.id not in CODED)
     assert not painted(state)
     assert restow.verify(tmp_path / "out", strict=True).equal
     if case.id not in CODED:

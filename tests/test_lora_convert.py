@@ -241,7 +241,7 @@ def test_load_refuses_holes_ranks_and_strangers(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="a parameter of the model"):
         restow.lora.load(source, {n: t for n, t in state.items() if n != name}, base=base)
     with pytest.raises(MissingTensorError, match=r"layers\.7"):
-        restow.lora.load(source, {**state, "model.layers.7.mlp.experts.lora_down_A": state[name]}, base=base)
+        restow.lora.load(source, {**state, "model.layers.7.mlp.experts.lora_down_A": state[name].clone()}, base=base)
     with pytest.raises(ShapeMismatchError, match="12, 24, 3"):
         restow.lora.load(source, {**state, name: torch.zeros(12, 24, 4)}, base=base)
 

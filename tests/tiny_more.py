@@ -142,10 +142,6 @@ FAMILIES: dict[str, More] = {
         "num_sparse_decoder_layers": 1, "num_heads": 4}, layers=2),
     "qwen4_exp": More("Qwen4ExpForConditionalGeneration", "Qwen4ExpConfig", {"text_config": QWEN4}),
     "inkling2": More("Inkling2ForConditionalGeneration", "Inkling2Config", {"text_config": INKLING}),
-    "dots3_note": More("Dots3NoteForConditionalGeneration", "Dots3NoteConfig", {
-        "text_config": {**MLA, **DOTS_SLIDING}, "vision_config": {"adapter_out_dim": "$d"},
-        "audio_config": {"adapter_out_dim": "$d"}}),
-    "qwen3_omni_moe": More("Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeConfig", {}),
 }  # fmt: skip
 
 

@@ -51,7 +51,9 @@ _PLACES = {
     "families": ("restow.known", "FAMILIES"),
     "fingerprint": ("restow.torch.fingerprint", "fingerprint"),
     "layouts": ("restow.named", "GENERAL"),
+    "dcp": ("restow.dcp", ""),
     "load": ("restow.torch.load", "load"),
+    "lora": ("restow.lora", ""),
     "open": ("restow.opening", "open_checkpoint"),
     "plan": ("restow.torch.load", "plan"),
     "relayout": ("restow.torch.relayout", "relayout"),
@@ -61,7 +63,7 @@ _PLACES = {
 
 __all__ = [
     "open", "plan", "load", "save", "relayout", "convert", "verify", "fingerprint", "empty_like_disk", "Checkpoint", "Plan",
-    "LoadReport", "ConvertReport", "VerifyReport", "Layout", "Family", "Shard", "layouts", "families", "errors",
+    "LoadReport", "SaveReport", "ConvertReport", "VerifyReport", "Layout", "Family", "Shard", "layouts", "families", "errors", "lora", "dcp",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

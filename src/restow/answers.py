@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from restow.terminal import DIFFERENT, DONE, Answer, Line
 
 if TYPE_CHECKING:
+    from restow.torch.adapter_check import CheckReport
+    from restow.torch.adapter_convert import LoraReport
+    from restow.torch.adapter_merge import MergeReport
     from restow.torch.convert import ConvertReport
     from restow.torch.verify_report import VerifyReport
 
@@ -25,6 +28,18 @@ def verified(report: VerifyReport) -> Answer:
     text = str(report).splitlines()
     lines = [Line(text[0], "good" if report.equal else "bad"), *map(Line, text[1:])]
     return Answer(plain(report), lines, DONE if report.equal else DIFFERENT)
+
+
+def adapted(report: LoraReport | MergeReport) -> Answer:
+    """What a conversion of an adapter, or a merge, did."""
+    return Answer(plain(report), _lines(str(report)))
+
+
+def checked(report: CheckReport) -> Answer:
+    """What PEFT makes of an adapter; exit code 4 where it is not what the file means."""
+    text = str(report).splitlines()
+    lines = [Line(text[0], "good" if report.ok else "bad"), *map(Line, text[1:])]
+    return Answer({**plain(report), "ok": report.ok}, lines, DONE if report.ok else DIFFERENT)
 
 
 def _lines(text: str) -> list[Line]:

@@ -112,6 +112,7 @@ def survey(
         sizes,
         claimed=lambda name: layout is not None or routers.row(name) is not None or _excused(name, family, sizes)
         or (codec is None and name.endswith(SUFFIX)),
+        beside=family.passes_over if family is not None and family.beside else _nobody,
         codec=codec,
     )
     return Checkpoint(
@@ -165,3 +166,7 @@ def _runtime(part: Part, family: Family | None) -> Part:
 
 def _excused(name: str, family: Family | None, sizes: Mapping[str, int]) -> bool:
     return family is not None and any(fits(pattern, name, sizes) for pattern in (*family.ignorable, *family.beside))
+
+
+def _nobody(name: str) -> bool:
+    return False

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -36,6 +36,9 @@ SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint
 TargetArgument = Annotated[str, typer.Argument(metavar="DST", help="A folder that does not exist yet.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, max=256, help="Reading threads.")]
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Replace what restow wrote there before.")]
+FacesOption = Annotated[
+    Literal["input", "output"] | None, typer.Option(help="Which side lora_A of fused tensors faces.")
+]
 LayoutOption = Annotated[
     str | None, typer.Option(metavar="NAME|@FILE", help="A layout's name, or a file with its rows.")
 ]
@@ -171,6 +174,77 @@ def verify(
     from restow.torch.verify import verify as do
 
     return verified(do(*sides, experts_only=experts_only, sample=sample, threads=threads, strict=strict))
+
+
+@verb
+def lora(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="An adapter's folder.")],
+    target: Annotated[
+        str | None, typer.Argument(metavar="DST", help="A folder that does not exist yet.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="peft, grouped, vllm, ...: see the error.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="The base model's folder.")] = None,
+    family: FamilyOption = None,
+    faces: FacesOption = None,
+    outer: Annotated[str, typer.Option(metavar="out|in", help="Which projection wraps the other.")] = "out",
+    expert_major: Annotated[
+        bool | None, typer.Option("--expert-major/--rank-major", help="How lora_B was folded.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Does the installed PEFT do what it means?")] = False,
+    replace: ReplaceOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """Write an adapter in another format; or, with --check and --base, run it in PEFT and compare."""
+    from restow.answers import adapted, checked
+
+    how = {"family": family, "faces": faces, "outer": outer, "expert_major": expert_major}
+    if check:
+        if base is None or target is not None or to is not None:
+            raise UsageError("--check with --base, and neither DST nor --to", "other options")
+        from restow.torch.adapter_check import check as run_check
+
+        return checked(run_check(source, base, **how))
+    if target is None or to is None:
+        raise UsageError("DST and --to FORMAT", "one of them missing")
+    from restow.torch.adapter_convert import convert as do
+
+    return adapted(do(source, target, to=to, base=base, replace=replace, **how))
+
+
+@verb
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model's folder.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter's folder.")],
+    target: TargetArgument,
+    family: FamilyOption = None,
+    faces: FacesOption = None,
+    outer: Annotated[str, typer.Option(metavar="out|in", help="Which projection wraps the other.")] = "out",
+    expert_major: Annotated[
+        bool | None, typer.Option("--expert-major/--rank-major", help="How lora_B was folded.")
+    ] = None,
+    replace: ReplaceOption = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """Write a base plus an adapter's deltas, in the base's own layout, files and precision."""
+    from restow.answers import adapted
+    from restow.torch.adapter_merge import merge as do
+
+    return adapted(
+        do(
+            base,
+            adapter,
+            target,
+            family=family,
+            faces=faces,
+            outer=outer,
+            expert_major=expert_major,
+            replace=replace,
+        )
+    )
 
 
 @verb

@@ -14,7 +14,8 @@ tables that contradict themselves. The lines of a table:
     spelling  names [@ container], then one row a line; the first is the vendor's, and is called hf
     router    rows of tensors outside the experts that have an `e` axis, their names below the layer, as on the hub;
               a second `router` line begins the rows of another form of the same
-    beside    names below an experts module that are no expert weights
+    beside    names that are no expert weights, though they are called so or lie below an experts module
+    optional  names that some layers lack though all their like have them
     ignore    names that a destination need not have: `*` any run of segments, `{l+L}` a layer number of at least L
     foreign   names in transformers' runtime that the hub's files hold in a form that no rename brings about
     require   names that a whole checkpoint must hold; the head after `?`, since a config may tie it
@@ -31,10 +32,12 @@ from restow.codecs import Codec
 from restow.errors import ConfigError, NotationError, UsageError, show
 from restow.layout import Layout, SizeLine, parse_size
 from restow.named import FORMS, NAMED
+from restow.naming import fits
 from restow.notation import Dim, Factor, Labels, Number, Part, Row
 from restow.segments import replace_run
 
-WORDS = ("family", "size", "order", "module", "rename", "alias", "beside", "ignore", "foreign", "require", "tie")
+WORDS = ("family", "size", "order", "module", "rename", "alias", "beside", "optional", "ignore", "foreign", "require",
+         "tie")
 CONFIG_LIMIT = 2**31
 COUNT_LIMIT = 2**16  # of experts, of layers: what names are counted out for
 
@@ -68,6 +71,7 @@ class Family:
     foreign: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     beside: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     tie: str = "tie_word_embeddings"  # "" where the head is never tied
     tied: bool = False  # what holds where the config lacks that key
 
@@ -120,6 +124,10 @@ class Family:
         if self.canonical(found) != self.canonical(name):
             raise UsageError(f"a hub name for {show(name)} in the family's table", f"{show(found)}")
         return found
+
+    def passes_over(self, name: str) -> bool:
+        """Whether a name is no expert weight, whatever it is called."""
+        return any(fits(pattern, name, {}) for pattern in self.beside)
 
     def place(self, path: str) -> tuple[str, int]:
         """An experts module's canonical layer prefix, and which of the layer's places it is, however it is spelled."""
@@ -292,6 +300,7 @@ def parse_family(text: str) -> Family:
         foreign=tuple(" ".join(lines.get("foreign", ())).split()),
         aliases=_pairs(lines.get("alias", ())),
         beside=tuple(" ".join(lines.get("beside", ())).split()),
+        optional=tuple(" ".join(lines.get("optional", ())).split()),
         tie="" if tie == "never" else tie,
         tied=tied == ["yes"],
     )

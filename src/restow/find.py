@@ -79,6 +79,7 @@ def find_modules(
     sizes: Mapping[str, int],
     *,
     claimed: Callable[[str], bool] = lambda name: False,
+    beside: Callable[[str], bool] = lambda name: False,
     local: Mapping[str, int] | None = None,
     partial: bool = False,
     what: str = "the checkpoint",
@@ -87,7 +88,8 @@ def find_modules(
     """Find every experts module among `shapes` (name -> shape).
 
     `sizes` come from the config (or from the other side), `local` those of axes whose dims are held in part;
-    `claimed` tells names below modules that are no expert weights; `partial` admits modules of which only some experts
+    `claimed` tells names below modules that are no expert weights, and `beside` those that are none even where a row
+    spells them; `partial` admits modules of which only some experts
     are there (a rank's own).
     """
     matcher = Matcher(
@@ -99,7 +101,7 @@ def find_modules(
     hit_names: dict[str, set[str]] = defaultdict(set)
     missed: list[str] = []
     for name in shapes:
-        hits = matcher.match(name)
+        hits = matcher.match(name) if not beside(name) else []
         if not hits:
             missed.append(name)
         for hit in hits:

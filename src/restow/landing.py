@@ -96,6 +96,7 @@ def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) 
         candidates,
         sizes,
         claimed=lambda name: True,  # whatever else lies there is filled by its name, or missing
+        beside=family.passes_over if family is not None else lambda name: False,
         local=local,
         partial=wish.shard is not None or wish.part,
         what="the destination",

@@ -17,6 +17,7 @@ from restow.errors import MissingTensorError, RestowError, SizeError, Unexpected
 from restow.family import Family
 from restow.find import Module
 from restow.layout import shape_of
+from restow.naming import fits
 from restow.notation import Row
 from restow.problems import Problem
 
@@ -55,7 +56,7 @@ def judge_layers(found: Checkpoint, family: Family) -> LayerFindings:
             errors += _counted(found, family, stack, count)
         routers = _Routers(found, family, whole)
         errors += routers.missing()
-        errors += _unlike(found, whole, routers)
+        errors += _unlike(found, family, whole, routers)
         wrong += routers.wrong()
     return LayerFindings(tuple(Problem(error, True) for error in errors), tuple(wrong))
 
@@ -156,7 +157,7 @@ class _Routers:
                     yield name, f"{list(expected)}"
 
 
-def _unlike(found: Checkpoint, stack: Stack, routers: _Routers) -> Iterator[RestowError]:
+def _unlike(found: Checkpoint, family: Family, stack: Stack, routers: _Routers) -> Iterator[RestowError]:
     """Layers that lack what their like have: experts, or other tensors."""
     if not stack.modules:
         return
@@ -175,6 +176,10 @@ def _unlike(found: Checkpoint, stack: Stack, routers: _Routers) -> Iterator[Rest
     router = {routers.spelled.get("router", "")}
     lost: list[str] = []
     like = ""
+
+    def optional(name: str) -> bool:
+        return any(fits(pattern, name, found.sizes) for pattern in family.optional)
+
     for number, names in beside.items():
         group = groups[kinds[number]]
         fuller = [other for other in group if names < other]
@@ -184,7 +189,7 @@ def _unlike(found: Checkpoint, stack: Stack, routers: _Routers) -> Iterator[Rest
                 empty.append(number)
         elif group[names] == 1 and fuller:
             best = max(fuller, key=lambda other: (group[other], len(other)))
-            less = sorted(best - names - router)
+            less = sorted(rest for rest in best - names - router if not optional(f"{stack.layer(number)}.{rest}"))
             lost += [f"{stack.layer(number)}.{rest}" for rest in less]
             if less and not like:
                 like = next(stack.layer(n) for n, other in beside.items() if other == best)

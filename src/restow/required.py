@@ -18,7 +18,11 @@ FETCH = "get the checkpoint again, with every file that its index names"
 
 def there(found: Checkpoint, family: Family, name: str) -> str | None:
     """A required name as this checkpoint has it, on the hub's path or the runtime's."""
-    return next((n for n in (name, family.canonical(name)) if n in found.tensors), None)
+    canonical = family.canonical(name)
+    held = next((n for n in (name, canonical) if n in found.tensors), None)
+    if held is None and family.aliases:
+        held = next((n for n in found.others if family.canonical(n) == canonical), None)
+    return held
 
 
 def judge_required(found: Checkpoint, family: Family) -> Iterator[Problem]:

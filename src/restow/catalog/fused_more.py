@@ -138,6 +138,7 @@ TABLES = (
               out   down_proj      e d f
     router    router        mlp.gate.router_mlp.out_proj.weight   e r
               router.bias   mlp.gate.balancing_biases             e    exact
+    optional  *.mlp.gate.router_states_scale
     ignore    *.rotary_emb.inv_freq
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     tie       tie_word_embeddings yes

@@ -61,6 +61,7 @@ TABLES = (
               out   w2_weight    e d f
     router    router   mlp.gate.weight   e d
               bias     mlp.gate.bias     e    exact
+    beside    *.mlp.shared_experts.*
     ignore    model.mtp.* *.rotary_emb.inv_freq
     foreign   *.mlp.shared_experts.gate_proj *.mlp.shared_experts.up_proj *.mlp.gate_proj.weight
     foreign   *.mlp.up_proj.weight
@@ -81,6 +82,7 @@ TABLES = (
               out   down_proj      e d f
     router    router   mlp.gate.weight                    e d
               bias     mlp.gate.e_score_correction_bias   e    exact
+    beside    *.mlp.shared_experts.*
     ignore    model.mtp.* *.rotary_emb.inv_freq
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     tie       never
@@ -120,6 +122,7 @@ TABLES = (
               out   w2_weight    e d f
     router    router        mlp.gate.weight   e d
               router.bias   mlp.gate.bias     e    exact
+    optional  *.attention_input.query
     ignore    model.visual.* *.rotary_emb.inv_freq
     require   model.llm.embed.weight model.llm.norm.weight ?model.llm.unembed.weight
     tie       never
@@ -171,6 +174,7 @@ TABLES = (
               out   w2_weight    e d f
     router    router        mlp.gate.weight   e d
               router.bias   mlp.gate.bias     e    exact
+    optional  *.attention_input.query
     ignore    *.rotary_emb.inv_freq
     require   model.llm.embed.weight model.llm.norm.weight ?model.llm.unembed.weight
     tie       never

@@ -7,7 +7,7 @@ past the last layer, or below `mtp`.
 
 TABLES = (
     """
-    family    dots1 solar_open dots3_note_text
+    family    dots1 solar_open
     size      e = n_routed_experts|num_local_experts
     size      f = moe_intermediate_size
     size      d = hidden_size
@@ -19,7 +19,26 @@ TABLES = (
               out   {e}.down_proj.weight          d f
     router    router        mlp.gate.weight                    e d
               router.bias   mlp.gate.e_score_correction_bias   e    exact
-    ignore    model.mtp.* model.layers.{l+L}.* *.rotary_emb.inv_freq
+    ignore    model.layers.{l+L}.* *.rotary_emb.inv_freq
+    require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
+    """,
+    # It reads the whole model's files too, towers apart.
+    """
+    family    dots3_note_text
+    size      e = n_routed_experts|num_local_experts
+    size      f = moe_intermediate_size
+    size      d = hidden_size
+    size      L = num_hidden_layers
+    order     gate|up p f
+    module    mlp.experts
+    alias     ^model.language_model model
+    spelling  hf split
+              in    {e}.{p:gate|up}_proj.weight   f d
+              out   {e}.down_proj.weight          d f
+    router    router        mlp.gate.weight                    e d
+              router.bias   mlp.gate.e_score_correction_bias   e    exact
+    ignore    model.mtp.* model.vision_tower.* model.audio_tower.* model.layers.{l+L}.*
+    ignore    *.rotary_emb.inv_freq
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     """,
     """
@@ -302,6 +321,7 @@ TABLES = (
               out   {e}.down_proj.weight          d f
     router    router        mlp.router.classifier.weight            e d
               router.bias   mlp.router.e_score_correction_bias      e    exact
+    beside    *.mlps.*
     ignore    model.mtp.* *.rotary_emb.inv_freq
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     """,

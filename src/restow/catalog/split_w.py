@@ -39,7 +39,7 @@ TABLES = (
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     """,
     # The first layers are dense and keep `mlp`. The runtime fuses gate and up of shared experts.
-    # Re-quantised files name experts `mlp.experts.{e}.gate_proj`, which is the general `split`.
+    # Re-quantised files name experts `mlp.experts.{e}.gate_proj`, `renamed` here.
     """
     family    minimax_m3_vl
     size      e = num_local_experts|num_experts
@@ -66,6 +66,9 @@ TABLES = (
     spelling  hf split
               in    {e}.w{p:1|3}.weight   f d
               out   {e}.w2.weight         d f
+    spelling  renamed @ mlp.experts
+              in    {e}.{p:gate|up}_proj.weight   f d
+              out   {e}.down_proj.weight          d f
     router    router        block_sparse_moe.gate.weight               e d
               router.bias   block_sparse_moe.e_score_correction_bias   e    exact
     ignore    *.mtp.* *.rotary_emb.inv_freq

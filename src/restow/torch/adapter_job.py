@@ -82,8 +82,9 @@ class Job:
                         yield key_of(self.base, block.path, block.role, block.labels), block.b
         if self.scale is not None:
             for plain in self.adapter.plain:
-                if not exact(_ratio(plain, self.adapter.config, self.scale)):
-                    yield f"plain|{plain.module}", self.get(plain.names[1])
+                b, scale = _plain_b(plain, self.adapter.config, self.stamp, self.get, self.original, None)
+                if not exact(_ratio(scale, self.scale)):
+                    yield f"plain|{plain.module}", b
 
     def _module(self, pairs: list[Pair]) -> Module:
         module = arrange(pairs, self.get, self.fmt, self.base, self.adapter.config, self.stamp, self.original)
@@ -92,9 +93,8 @@ class Job:
         return replace(module, blocks=tuple(fold(b, self.adapter.config, self.scale)[0] for b in module.blocks))
 
 
-def _ratio(plain: Plain, config: AdapterConfig, scale: float) -> float:
-    ratio = config.scale(plain.rank, plain.alpha) / scale
-    return 1.0 if abs(ratio - 1) < 1e-12 else ratio
+def _ratio(scale: float, one: float) -> float:
+    return 1.0 if abs(scale / one - 1) < 1e-12 else scale / one
 
 
 def _plain_b(
@@ -103,15 +103,15 @@ def _plain_b(
     """An ordinary module's B, with another scale multiplied in or taken out, and the scale that is left to say."""
     tensor = get(plain.names[1])
     said = config.scale(plain.rank, plain.alpha)
-    if scale is not None:
-        ratio = _ratio(plain, config, scale)
-        return (tensor if ratio == 1 else times(tensor, ratio)), scale
     before = stamp.folded.get(f"plain|{plain.module}")
     if before is not None:
         back = unfolded(tensor, before / said, original(f"plain|{plain.module}"))
         if back is not None:
-            return back, before
-    return tensor, said
+            tensor, said = back, before
+    if scale is None:
+        return tensor, said
+    ratio = _ratio(said, scale)
+    return (tensor if ratio == 1 else times(tensor, ratio)), scale
 
 
 def make_job(
@@ -143,8 +143,7 @@ def make_job(
             parts["|".join(map(str, base.family.place(path)))] = module.parts
     by_weight = _by_weight(adapter, base, fmt)
     for plain in adapter.plain:
-        scale = _plain_b(plain, config, stamp, get, original, None)[1] if not fmt.one_scale else None
-        scale = scale or config.scale(plain.rank, plain.alpha)
+        scale = _plain_b(plain, config, stamp, get, original, None)[1]
         weight = ".weight" if plain.module in by_weight else ""
         tail = ".".join(plain.module.split(".")[-2:])
         want.append(Wanted((f"{plain.module}{weight}",), f"{tail}{weight}", plain.rank, scale))

@@ -17,8 +17,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from restow.errors import QuantizationError
-from restow.segments import replace_run
 from restow.known import FAMILIES
+from restow.segments import replace_run
 from restow.torch.mixin import MoESplitExpertsStateDictMixin
 
 Pairs = list[tuple[str, Any]]

@@ -25,7 +25,7 @@ from restow.torch.dtypes import torch_dtype
 from restow.torch.fingerprint import MASK, bilinear, plain_sum
 from restow.torch.leafviews import leaf_views
 from restow.torch.leaves import name_index
-from restow.torch.values import Tie, values_of
+from restow.torch.values import Tie, Values, source_names, values_of
 
 SourceLeaf = tuple[str, str, int, int]  # module path in the source, role, expert, projection
 LIMIT = CHUNK // 4
@@ -74,7 +74,8 @@ def check_load(
         if path not in prepared.pairs or (prepared.pairs[path], role) not in prepared.roles:
             continue
         there = source.modules[prepared.pairs[path]]
-        if any(r.startswith(f"{role}.") and not r.endswith(".bias") for r in there.tensors) or role not in there.tensors:
+        companions = [r for r in there.tensors if r.startswith(f"{role}.") and not r.endswith(".bias")]
+        if companions or role not in there.tensors:
             skipped.append(name)  # decoded on the way: there is nothing of this form in the files to compare with
             continue
         experts = chosen_experts(prepared.wish.experts, there.path, there.sizes.get("e", 0))
@@ -92,7 +93,7 @@ def check_load(
         here = plain_sum(target.shape, target.runs, local)
         chosen = _chosen(prepared, from_name, target)
         plain.setdefault(from_name, []).append(_Plain(target, local.dtype, chosen, here))
-    problems = _sum_sources(source, leaves, plain, memory, threads)
+    problems = (*_sum_sources(source, leaves, plain, memory, threads), *_decoded(prepared, targets, locals_, skipped))
     wrong = [h for held in leaves.values() for h in held if h.here != h.there & MASK]
     odd = [p for held in plain.values() for p in held if p.here != p.there & MASK]
     if wrong or odd:
@@ -106,6 +107,18 @@ def check_load(
             hint="load again; if it comes back, test the memory and the disk of this machine",
         )
     return tuple(skipped), problems
+
+
+def _decoded(
+    prepared: Prepared, targets: Mapping[str, Target], locals_: Mapping[str, torch.Tensor], names: Sequence[str]
+) -> tuple[Problem, ...]:
+    """What the values show that were decoded on the way: NaN among the codes."""
+    seen = Values({}, source_names(prepared))
+    for name in names:
+        target, local = targets[name], locals_[name]
+        if local.device.type == "cpu" and local.numel() and all(len(runs) == 1 for runs in target.runs):
+            seen.look(Filled(Slice(whole_target(name, local.shape, target.dtype), 0), local.contiguous()))
+    return seen.problems()
 
 
 def _chosen(prepared: Prepared, name: str, target: Target) -> tuple[int, tuple[int, ...]] | None:

@@ -41,6 +41,7 @@ from restow.torch.chunks import CHUNK, Filled, Slice, raw, slices, stream
 from restow.torch.digesting import Digests
 from restow.torch.dtypes import dtype_name, narrows, wider
 from restow.torch.read import Progress
+from restow.torch.values import judge_scales
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 PER_TOKEN = (
@@ -127,6 +128,9 @@ def convert(
     started = time.perf_counter()
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     warnings = refuse(opened, strict)
+    scales = judge_scales(opened, threads)
+    if refused := [p.error for p in scales if p.fatal or strict]:
+        raise merged(refused)
     job = _prepare(opened, to, experts, dtype, max_shard_bytes, keep_quantized)
     size = (
         sum(file.size for file in job.files)
@@ -137,8 +141,8 @@ def convert(
     assert opened.path is not None
     with Staging(target, size=size, count=count, sources=[opened.path], replace=replace) as staging:
         done = _write(job, opened, staging, threads, sha256, progress)
-        odd = done.problems
-        if (refused := [p.error for p in odd if p.fatal or strict]):
+        odd = (*scales, *done.problems)
+        if refused := [p.error for p in done.problems if p.fatal or strict]:
             raise merged(refused)
         for name, data in job.side.items():
             staging.add(name, data)

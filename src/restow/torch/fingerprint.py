@@ -1,16 +1,17 @@
 """`restow.fingerprint`: one number a leaf, the same in every layout, and parts add up.
 
-For a leaf W of R rows and C columns (an expert's matrix in the order of `split`; any other tensor with its last dim as
-columns), with w(r, c) the bits of an element as an unsigned number:
+A leaf W has R rows and C columns (an expert's matrix in the order of `split`; any other tensor with its last dim as
+columns). A row is read as words of 8 bytes, little-endian, the last one filled up with zeros, and
 
-    D = sum of w(r, c) * a(r) * b(c)  mod 2**64,   a(r) = mix(2 r) | 1,   b(c) = mix(2 c + 1) | 1
+    D = sum of word(r, q) * a(r) * b(q)  mod 2**64,   a(r) = mix(2 r) | 1,   b(q) = mix(2 q + 1) | 1
 
-where `mix` is SplitMix64 (Steele, Lea, Flood 2014). Odd factors make any single changed element change D for certain;
-exchanged rows, columns, elements, experts or projections meet other factors. Since D is a sum, the numbers of disjoint
-parts add up modulo 2**64. It guards against accidents, not against an attacker. It rejects what `storage` rejects.
+where `mix` is SplitMix64 (Steele, Lea, Flood 2014). Odd factors can be undone, so any single changed element changes D
+for certain; exchanged elements, rows, columns, experts or projections meet other factors or other places of a word.
+Since D is linear in the elements, the numbers of disjoint parts add up modulo 2**64, wherever a word is cut. It guards
+against accidents, not against an attacker. It rejects what `storage` rejects.
 
-The sum over the contiguous axis is a matrix product in float64 that is exact: elements go as 16-bit halves against the
-16-bit limbs of the factors, and 2**21 such products fit 53 bits.
+Parts whose columns do not lie in memory one after another are brought into that order block by block. On the CPU the
+sums are products of matrices of 64-bit integers, which wrap; elsewhere they are made without such a product.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
 
 from restow.checkpoint import Checkpoint
@@ -28,17 +32,18 @@ from restow.family import Family
 from restow.find import Module, candidates_of, find_modules
 from restow.landing import Wish, layout_of
 from restow.layout import Layout
-from restow.opening import family_of, open_checkpoint
+from restow.opening import by_config, family_of, open_checkpoint
 from restow.planning import Prepared, raise_fatal
 from restow.problems import merged
 from restow.targets import Runs, whole_target
 from restow.torch.chunks import CHUNK, fill, grouped, room, slices
 from restow.torch.leafviews import Owner, leaf_views, owners_of
 from restow.torch.storage import Into, slots_of
+from restow.torch.tiles import move
 
 MASK = (1 << 64) - 1
-BLOCK = 1 << 19  # elements that are turned into float64 at once
-TERMS = 1 << 20  # products of one exact sum
+BLOCK = 1 << 20  # bytes that are brought into the order of a leaf at once: they stay in the cache
+WORD = 8  # bytes
 
 
 def fingerprint(
@@ -70,7 +75,11 @@ def fingerprint(
 def _of_state(state: Into, family: Family | None, layout: str | Layout | None) -> Iterator[tuple[str, int]]:
     slots = slots_of(state).slots
     shapes = {name: slot.target.shape for name, slot in slots.items()}
-    sizes = {"p": len(family.labels) if family else 2}
+    config = _config(state)
+    if family is None and config is not None:
+        family, _ = by_config(config, "")
+    sizes = {} if family is None or config is None else dict(family.read_sizes(config))
+    sizes.setdefault("p", len(family.labels) if family else 2)
     candidates = candidates_of(family, layout_of(layout, family))
     found = find_modules(shapes, candidates, sizes, claimed=lambda name: True, what="the state")
     if found.errors:
@@ -80,6 +89,18 @@ def _of_state(state: Into, family: Family | None, layout: str | Layout | None) -
         owner = owners.get(name)
         module = found.modules[owner[0]] if owner else None
         yield from _of_tensor(name, owner, module, slot.target.shape, slot.target.runs, slot.local, family)
+
+
+def _config(state: Into) -> Mapping[str, Any] | None:
+    """The config of a model that carries one, as transformers' do."""
+    models = [state] if isinstance(state, torch.nn.Module) else [] if isinstance(state, Mapping) else state
+    for model in models:
+        config = getattr(model, "config", None)
+        if hasattr(config, "to_dict"):
+            return dict(config.to_dict())
+        if isinstance(config, Mapping):
+            return config
+    return None
 
 
 def _of_checkpoint(opened: Checkpoint, threads: int | None) -> Iterator[tuple[str, int]]:
@@ -135,32 +156,79 @@ def plain_sum(shape: tuple[int, ...], runs: Runs, local: torch.Tensor) -> int:
 
 def bilinear(matrix: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> int:
     """The sum of this module's text over a [rows, cols] matrix of any strides; `rows`, `cols` are places in the leaf."""
-    left, right = (_factors(index, odd) for index, odd in ((rows, 0), (cols, 1)))
-    if matrix.stride(0) == 1 and matrix.stride(1) != 1:
-        matrix, left, right = matrix.t(), right, left
-    width = matrix.element_size()
-    if matrix.stride(-1) != 1 or (width > 1 and matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]):
-        matrix = matrix.contiguous()
-    halves = max(1, width // 2)
-    bits = matrix.view(torch.uint8 if width == 1 else torch.uint16)
-    step = max(1, min(TERMS, BLOCK) // halves)
+    left = _factors(rows, 0)
     total = 0
-    for first in range(0, matrix.shape[1], step):
-        count = min(step, matrix.shape[1] - first)
-        limbs = _limbs(right[first : first + count], halves).to(matrix.device)
-        part = bits[:, first * halves : (first + count) * halves]
-        deep = max(1, BLOCK // part.shape[1])
-        for top in range(0, part.shape[0], deep):
-            sums = (part[top : top + deep].to(torch.float64) @ limbs).to(torch.int64).cpu()
-            line = sums[:, 0] + (sums[:, 1] << 16) + (sums[:, 2] << 32) + (sums[:, 3] << 48)
-            total += int((line * left[top : top + deep]).sum())
+    for first, start, count in _runs(cols):
+        per = max(1, WORD // matrix.element_size())
+        inner = min(-start % per, count)  # columns before the first whole word
+        whole = (count - inner) // per * per
+        for begin, n in ((0, inner), (inner + whole, count - inner - whole)):
+            if n:
+                total += _edge(matrix[:, first + begin : first + begin + n], left, start + begin, per)
+        if whole:
+            words = _factors(torch.arange((start + inner) // per, (start + inner + whole) // per), 1)
+            total += _words(matrix[:, first + inner : first + inner + whole], left, words)
     return total & MASK
 
 
-def _limbs(factors: torch.Tensor, halves: int) -> torch.Tensor:
-    """[count * halves, 4] of 16-bit limbs, low first; a later half of an element weighs 2**16 more."""
-    weighed = torch.stack([factors << (16 * half) for half in range(halves)], dim=1).reshape(-1)
-    return torch.stack([(weighed >> (16 * limb)) & 0xFFFF for limb in range(4)], dim=1).to(torch.float64)
+def _runs(cols: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """Columns as runs of neighbours: (the first's number here, its place in the leaf, how many)."""
+    breaks = (torch.diff(cols) != 1).nonzero().flatten() + 1
+    starts = [0, *breaks.tolist(), cols.numel()]
+    for a, b in pairwise(starts):
+        if b > a:
+            yield a, int(cols[a]), b - a
+
+
+def _words(matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> int:
+    """Whole words: rows in blocks, each as [rows, words] of int64."""
+    size = matrix.element_size()
+    ready = matrix.stride(1) == 1 and (
+        (matrix.stride(0) * size) % WORD == 0 and (int(matrix.storage_offset()) * size) % WORD == 0
+    )
+    deep = matrix.shape[0] if ready else max(1, BLOCK // (matrix.shape[1] * size))
+    if matrix.device.type != "cpu":
+        deep = max(1, (64 << 20) // (matrix.shape[1] * size))
+    total = 0
+    for top in range(0, matrix.shape[0], deep):
+        part = matrix[top : top + deep]
+        block = part if ready else _packed(part)
+        total += _product(block.view(torch.int64), left[top : top + deep], right)
+    return total
+
+
+def _packed(part: torch.Tensor) -> torch.Tensor:
+    if part.device.type != "cpu":
+        return part.contiguous()
+    room = torch.empty(part.shape, dtype=part.dtype)
+    move(room, part)
+    return room
+
+
+def _product(words: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> int:
+    if words.device.type == "cpu":
+        line = words.numpy().view(np.uint64) @ right.numpy().view(np.uint64)
+        return int(np.dot(line, left.numpy().view(np.uint64)))
+    sums = (words * right.to(words.device)).sum(1)  # there is no product of integer matrices there
+    return int((sums * left.to(words.device)).sum())
+
+
+def _edge(matrix: torch.Tensor, left: torch.Tensor, start: int, per: int) -> int:
+    """Columns of a word that is not here as a whole: each element at its place in the word."""
+    bits = _bits(matrix)
+    places = torch.arange(start, start + matrix.shape[1])
+    factors = _factors(places // per, 1) << (places % per * (8 * WORD // per))
+    sums = (bits * factors.to(bits.device)).sum(1)
+    return int((sums * left.to(bits.device)).sum())
+
+
+def _bits(matrix: torch.Tensor) -> torch.Tensor:
+    """The bits of every element as a number that is not below 0 (of 8 bytes: as int64)."""
+    size = matrix.element_size()
+    if size == WORD:
+        return matrix.contiguous().view(torch.int64)
+    signed = matrix.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]).to(torch.int64)
+    return signed & ((1 << (8 * size)) - 1)
 
 
 def _factors(index: torch.Tensor, odd: int) -> torch.Tensor:

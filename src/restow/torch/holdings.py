@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from itertools import product, zip_longest
 from math import prod
 from typing import Any, NamedTuple
 
@@ -136,13 +136,14 @@ def check_filled(prepared: Prepared) -> None:
     """Raise `MissingTensorError` for tensors of the files that no rank holds; `prepared` is for all ranks together."""
     unused, passed = prepared.left
     lost = [*unused, *passed]
-    for path, module in prepared.modules.items():
-        for role, names in module.tensors.items():
-            if None in names:
-                row = module.layout.row(role)
+    for path, to in prepared.pairs.items():
+        module, into = prepared.modules[path], prepared.source.modules[to]
+        for row in module.layout.rows:
+            names = module.tensors.get(row.role, ())
+            if row.role in into.tensors and (None in names or not names):
                 index = product(*(range(axis_size(row, axis, module.sizes)) for axis in row.name_axes))
-                spelled = (f"{path}.{name_of(row, at, module.sizes)}" for at in index)
-                lost += [name for name, there in zip(spelled, names, strict=True) if there is None]
+                spelled = [f"{path}.{name_of(row, at, module.sizes)}" for at in index]
+                lost += [name for name, there in zip_longest(spelled, names) if there is None]
     if lost:
         raise MissingTensorError(
             "a tensor of the state for every tensor of the files", f"{len(lost)} that no rank holds", tensor=lost[0],

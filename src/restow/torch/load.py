@@ -41,6 +41,7 @@ from restow.torch.dtypes import narrows
 from restow.torch.execute import execute
 from restow.torch.read import Progress
 from restow.torch.storage import Into, Slots, named_as, slot_of, slots_of
+from restow.torch.values import judge_scales
 
 Source = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
 
@@ -179,6 +180,10 @@ def load(
     warnings = [str(problem.error) for problem in opened.problems if not problem.fatal]
     if strict and warnings:
         raise next(problem.error for problem in opened.problems if not problem.fatal)
+    scales = judge_scales(opened, threads) if opened.codec is not None and opened.path is not None else ()
+    if refused := [problem.error for problem in scales if problem.fatal or strict]:
+        raise merged(refused)
+    warnings += [str(problem.error) for problem in scales]
     tied = [name for name in made.unused if name in slots.aliases]
     if tied:
         names = ", ".join(map(show, tied))

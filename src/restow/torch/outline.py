@@ -201,7 +201,7 @@ def _expert_specs(
     back: Rename,
     dtype: str | None,
 ) -> list[tuple[str, str, tuple[int, ...]]]:
-    path = _outer_name(module.path, None, back)
+    path = _outer_path(module, family, back)
     if family is not None and layout is None:
         spelling = next(s for s in family.spellings if "hf" in s.names)
         layer = family.on_hub(family.layer(path))
@@ -216,6 +216,19 @@ def _expert_specs(
             name = f"{path}.{name_of(row, index, module.sizes)}"
             specs.append((name, _dtype(given, dtype, row.exact), shape))
     return specs
+
+
+def _outer_path(module: Module, family: Family | None, back: Rename) -> str:
+    """Where the experts of a module lie in the files."""
+    if not isinstance(back, Mapping):
+        return _outer_name(module.path, None, back)
+    name = _outer_name(next(n for names in module.tensors.values() for n in names if n is not None), None, back)
+    before, gap, _ = name.partition("..")  # where the table has an expert's number, a stack has none
+    if gap:
+        return before
+    known = sorted((c for line in family.containers for c in line) if family else (), key=len, reverse=True)
+    found = next((c for c in known if f".{c}." in f".{name}"), None)
+    return name[: f".{name}".index(f".{found}.") + len(found)] if found else name.rpartition(".")[0]
 
 
 def _said_once(

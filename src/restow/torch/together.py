@@ -120,16 +120,16 @@ def _follow_plan(job: Job, holding: Holding, peers: Peers) -> tuple[Outline, Pla
     peers.say("digest", outline.digest())
     share = json.loads(peers.hear(f"share of {peers.rank}", 0))
     plain = {name for name, slot in job.slots.items() if slot.plain}
-    prepared = _prepared(job, outline, [slot.target for slot in job.slots.values()], plain, part=True)
+    prepared = _prepared(job, outline, [slot.target for slot in job.slots.values()], plain)
     lost = narrowed((slot.target for slot in job.slots.values()), prepared)
     return outline, plan_of(prepared, _chosen(job, share)), lost
 
 
 def _prepared(
-    job: Job, outline: Outline, targets: Iterable[Target], plain: Set[str], part: bool = False
+    job: Job, outline: Outline, targets: Iterable[Target], plain: Set[str]
 ) -> Prepared:
     family = outline.checkpoint.family
-    wish = Wish(family=family, rename=job.rename, shard=job.shard, plain=frozenset(plain), part=part)
+    wish = Wish(family=family, rename=job.rename, shard=job.shard, plain=frozenset(plain), part=True)
     return prepare(outline.checkpoint, list(targets), wish)
 
 

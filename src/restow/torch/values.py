@@ -7,7 +7,7 @@ nothing: its findings are `Problem`s, of which only scales without a value are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +25,15 @@ from restow.errors import (
     TensorValueError,
     show,
 )
-from restow.landing import chosen_experts
+from restow.landing import Wish, chosen_experts
 from restow.layout import axis_size
 from restow.notation import Row, dim_keys
 from restow.planning import Prepared
 from restow.problems import Problem
 from restow.quantized import scales_of
 from restow.required import tied_pair
-from restow.torch.chunks import Filled, raw
+from restow.targets import whole_target
+from restow.torch.chunks import Filled, Slice, raw, stream
 from restow.torch.leaves import name_index
 
 BLOCK = 1 << 16  # elements that are looked at together: they stay in the cache
@@ -206,6 +207,23 @@ def values_of(found: Checkpoint) -> Values:
         if role in ("in", "out")
     }
     return Values(rows, plain_name, scales_of(found))
+
+
+def judge_scales(found: Checkpoint, threads: int | None) -> tuple[Problem, ...]:
+    """Look at the scales of a checkpoint before anything is decoded by them; exponents alone are always a value."""
+    scales = {n: w for n, w in scales_of(found).items() if found.tensors[n].dtype in ("F32", "F16", "BF16")}
+    seen = Values({}, plain_name, scales)
+    targets = {n: whole_target(n, found.tensors[n].shape, found.tensors[n].dtype) for n in scales}
+    own = Prepared(found, targets, Wish(), {}, {}, {}, {name: name for name in targets})
+
+    def look(filled: Sequence[Filled]) -> None:
+        for one in filled:
+            seen.look(one)
+
+    parts = (Slice(target, 0) for target in targets.values() if all(target.shape))
+    if targets:
+        stream(own, parts, look, threads=threads, chunk=1 << 20)
+    return seen.problems()
 
 
 class Tie:

@@ -83,6 +83,8 @@ def write_plan(
                 thread.join(0.1 if done else None)
                 if done:
                     done(state["bytes"])
+        if done:
+            done(state["bytes"])
     except BaseException as error:
         with lock:
             errors.append((0, error))  # no job is begun any more; those that run come to their end
