@@ -32,8 +32,8 @@ if _TYPE_CHECKING:
     from restow.torch.relayout import relayout as relayout
     from restow.torch.save import SaveReport as SaveReport
     from restow.torch.save import save as save
-    from restow.torch.verify_report import VerifyReport as VerifyReport
     from restow.torch.verify import verify as verify
+    from restow.torch.verify_report import VerifyReport as VerifyReport
 
 _PLACES = {
     "Checkpoint": ("restow.checkpoint", "Checkpoint"),
@@ -62,8 +62,9 @@ _PLACES = {
 }
 
 __all__ = [
-    "open", "plan", "load", "save", "relayout", "convert", "verify", "fingerprint", "empty_like_disk", "Checkpoint", "Plan",
-    "LoadReport", "SaveReport", "ConvertReport", "VerifyReport", "Layout", "Family", "Shard", "layouts", "families", "errors", "lora", "dcp",
+    "open", "plan", "load", "save", "relayout", "convert", "verify", "fingerprint", "empty_like_disk", "lora", "dcp",
+    "Checkpoint", "Plan", "LoadReport", "SaveReport", "ConvertReport", "VerifyReport", "Layout", "Family", "Shard",
+    "layouts", "families", "errors",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

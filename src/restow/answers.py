@@ -1,4 +1,4 @@
-"""Reports of the verbs that read or write data, as what the command line says: the report's own text, and its fields."""
+"""Reports of the verbs that read or write data, as the command line says them: their own text, and their fields."""
 
 from __future__ import annotations
 

@@ -220,11 +220,19 @@ def load(
 
 
 def _known_to(opened: Checkpoint, family: Family | None, rename: Rename) -> Callable[[str], bool]:
-    """Whether a source holds a tensor outside the experts for a name of the destination."""
+    """Whether a source holds a tensor for a name of the destination; for an expert weight, a module of experts."""
     kin = family or opened.family
+    places = {kin.place(to) for path in opened.modules if (to := renamed(path, rename)) is not None} if kin else set()
     names = {to for name in opened.others if (to := renamed(name, rename)) is not None}
     canonical = {kin.canonical(name) for name in names} if kin is not None else set()
-    return lambda name: name in names or (kin is not None and kin.canonical(name) in canonical)
+
+    def known(name: str) -> bool:
+        if name in names or kin is None or kin.canonical(name) in canonical:
+            return name in names or kin is not None
+        above = [name[:at] for at, char in enumerate(name) if char == "."]
+        return any(kin.place(path) in places for path in above)
+
+    return known
 
 
 def _checked(
