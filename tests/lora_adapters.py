@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
+
+import tiny
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h", "qwen2_moe")
 IN = {"nemotron_h": "up_proj"}

@@ -11,9 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import lora_adapters
 import peft
 from safetensors.torch import load_file, save_file
+
+import lora_adapters
 
 
 def main() -> None:

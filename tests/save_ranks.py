@@ -20,12 +20,12 @@ Work = Callable[..., Any]
 
 
 class Ended(NamedTuple):
-    """How a rank ended: what it returned, or what it raised, or the signal; after how many seconds."""
+    """How a rank ended: what it returned, or what it raised, or the signal; when, by the machine's clock."""
 
     value: Any
     error: BaseException | None
     signal: int
-    seconds: float
+    at: float
 
 
 def ranks(
@@ -64,13 +64,12 @@ def _child(
     try:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-        begun = time.monotonic()
         try:
             ended = Ended(work(rank, *arguments), None, 0, 0.0)
         except BaseException as error:
             error.__cause__ = error.__context__ = None
             ended = Ended(None, error.with_traceback(None), 0, 0.0)
-        ended = ended._replace(seconds=time.monotonic() - begun)
+        ended = ended._replace(at=time.monotonic())
         with os.fdopen(pipe, "wb") as out:
             out.write(pickle.dumps(ended))
     except BaseException:

@@ -64,7 +64,7 @@ def limit(seconds: float) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
-    with limit(60):
+    with limit(180):
         yield
 
 

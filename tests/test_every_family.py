@@ -44,7 +44,7 @@ LEFT = {
     "ernie4_5_vl_moe": "*_moe.gate.*",
     "inkling_mm_model": "*.mlp.shared_experts.*_proj",
 }
-LATENT = {"muse_spark": 40, "nemotron_h-latent": 40}
+RESET = {"zaya": "*.balancing_biases"}  # transformers writes -1 over the last one whenever it loads them
 UNGATED = {"nemotron_h", "nemotron_h-latent", "nllb-moe", "switch_transformers"}
 EXPERT = {  # what an expert weight's name looks like, where it is not `.experts.` and something
     "granitemoe": r"block_sparse_moe\.(experts\.|(in|out)put_linear)",
@@ -250,4 +250,5 @@ def test_there_and_back(family_id: str, to: str, tmp_path: Path) -> None:
         assert restow.verify(hub, tiny.saved(family_id, False), experts_only=True).equal
         model, info = tiny.reload(tmp_path / "back", family_id)
         assert not info["missing_keys"] and not info["mismatched_keys"]
-        assert differing(model.state_dict(), state(family_id)) == []
+        changed = differing(model.state_dict(), state(family_id))
+        assert all(fnmatchcase(name, RESET.get(family_id, "")) for name in changed), changed

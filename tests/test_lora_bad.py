@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lora_adapters as adapters
 import pytest
-import tiny
 import torch
 
+import lora_adapters as adapters
 import restow.lora
+import tiny
 from restow.errors import AdapterError, UsageError
 
 PREFIX = "base_model.model."

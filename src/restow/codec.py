@@ -124,7 +124,7 @@ def _compressed(said: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[int,
         if not isinstance(weights, Mapping):
             continue
         bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-        block = {"channel": (1, 0), "tensor": (0, 0), "group": (1, size)}.get(str(strategy))
+        block = {"channel": (1, 0), "tensor": (0, 0), "group": (1, size), "tensor_group": (1, size)}.get(str(strategy))
         if strategy == "block":
             block = _block(weights.get("block_structure"))
         plain = weights.get("symmetric", True) is True and weights.get("actorder") in (None, False, "weight", "static")

@@ -122,7 +122,10 @@ class DecodedTensors(Mapping[str, Entry]):
             return self._view.raw[name]
         coded = self._view[name]
         raw = self._view.raw[coded.name]
-        return Entry(self._view.dtype, coded.shape, raw.pieces)
+        if raw.shape == coded.shape:
+            return Entry(self._view.dtype, coded.shape, raw.pieces)
+        box = tuple((0, n) for n in coded.shape)  # packed, in one piece
+        return Entry(self._view.dtype, coded.shape, (raw.pieces[0]._replace(box=box),))
 
     def __iter__(self) -> Iterator[str]:
         names = self._view.names

@@ -120,9 +120,9 @@ def _model(base: Base) -> Any:
     with torch.device("meta"):
         model = build(config)
     for module in model.modules():  # PEFT moves what it computes to the base's device: one number, seen everywhere
-        for key, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                hollow = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+        for key, weight in list(module._parameters.items()):
+            if weight is not None:
+                hollow = torch.zeros((), dtype=torch.float32).expand(weight.shape)
                 module._parameters[key] = torch.nn.Parameter(hollow, requires_grad=False)
     return model
 

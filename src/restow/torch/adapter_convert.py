@@ -61,7 +61,8 @@ class LoraReport:
         if decided:
             lines.append(f"  which side lora_A faces was decided by {', '.join(sorted(decided))}")
         if self.rounded:
-            lines.append(f"  rounded (kept exact beside, for the way back): {', '.join(map(show, self.rounded[:3]))} ({len(self.rounded)} in all)")
+            some = ", ".join(map(show, self.rounded[:3]))
+            lines.append(f"  rounded (kept exact beside, for the way back): {some} ({len(self.rounded)} in all)")
         lines += [f"  {note}" for note in self.notes[:20]]
         if len(self.notes) > 20:
             lines.append(f"  ... {len(self.notes) - 20} more")

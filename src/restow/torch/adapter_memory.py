@@ -157,7 +157,7 @@ def _fill(job: Job, places: Mapping[str, Slot], shard: Shard | None) -> None:
         for spelled in spell(module, job.fmt, job.base):
             slot = places[_key(job.base, spelled.names[0].removeprefix(PREFIX))]
             _fill_one(spelled, slot, shard)
-    by_name = {t for t in job.passed}
+    by_name = set(job.passed)
     for name, tensor in job.tensors() if by_name else ():
         if name in by_name:
             slot = places[_key(job.base, name.removeprefix(PREFIX))]

@@ -413,7 +413,7 @@ def _write(
         read = stream(job.prepared, _slices(job), hand_on, threads=threads, progress=shown, chunk=CHUNK)
         for future in sealed:
             future.result()
-    problems = digests.problems() if opened.codec is None else ()
+    problems = digests.problems()
     return _Written(read, digests.tensors, digests.leaves.found, digests.sums(), problems)
 
 

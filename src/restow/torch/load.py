@@ -227,8 +227,12 @@ def _known_to(opened: Checkpoint, family: Family | None, rename: Rename) -> Call
     canonical = {kin.canonical(name) for name in names} if kin is not None else set()
 
     def known(name: str) -> bool:
-        if name in names or kin is None or kin.canonical(name) in canonical:
-            return name in names or kin is not None
+        if name in names:
+            return True
+        if kin is None:
+            return False
+        if kin.canonical(name) in canonical:
+            return True
         above = [name[:at] for at, char in enumerate(name) if char == "."]
         return any(kin.place(path) in places for path in above)
 

@@ -25,7 +25,7 @@ BEAT = 0.5  # seconds between two beats
 SILENCE = 6.0  # seconds without a beat after which a rank counts as gone
 LATE = 300.0  # seconds that a rank may come after the others
 LINGER = 3.0  # seconds that the store's host stays for the others to hear how it ended
-POLL = 0.01, 0.25  # seconds between two looks, growing
+POLL = 0.005, 0.25  # seconds between two looks: that times the ranks, but no more
 INTACT = "nothing was published; the old checkpoint is as it was"
 
 
@@ -114,7 +114,7 @@ class Peers:
         Raises `PeerFailedError` for a rank that failed or died, `PeerTimeoutError` for one that does not answer.
         """
         assert self._store is not None
-        name, pause = f"{key}/{rank}", POLL[0]
+        name = f"{key}/{rank}"
         while True:
             try:
                 left = self._store.check(
@@ -127,8 +127,7 @@ class Peers:
             self.watch(key, rank)
             if left:
                 raise PeerFailedError(f"rank {rank} to reach '{key}'", "it gone on without", rank=self.rank)
-            time.sleep(pause)
-            pause = min(2 * pause, POLL[1])
+            time.sleep(min(POLL[0] * self.size, POLL[1]))
 
     def pool(self, key: str, mine: str, judge: Callable[[Sequence[str]], str]) -> str:
         """What rank 0's `judge` makes of everybody's texts, in the order of ranks."""

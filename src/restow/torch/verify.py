@@ -68,6 +68,7 @@ def verify(
     warnings = [str(problem.error) for side in (first, second) for problem in side.problems]
     if strict and warnings:
         raise merged([problem.error for side in (first, second) for problem in side.problems])
+    first, second = decoded(first), decoded(second)
     sides = _pair(first, second, rename, experts_only)
     read, compared, found, notes = _compare(sides, chosen(second, sides.targets, sample), threads, progress)
     found = [*sides.differences, *explain(found, first, second, sides.prepared, threads)]
@@ -111,7 +112,6 @@ class _Sides:
 def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: bool) -> _Sides:
     wish = Wish(family=first.family or second.family, rename=rename)
     pairs = pair_modules(first, second.modules, wish)
-    first, second = decoded(first), decoded(second)
     names = [] if experts_only else list(second.others)
     plain = pair_others(first, names, wish)
     found: list[Difference] = []

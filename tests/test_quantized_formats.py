@@ -1,0 +1,218 @@
+"""Every other way of storing quantised experts that the table of codecs lists: formulas of our own, and its libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from coded import E2M1, State, codes, config, expand, grouped, nibbles, rest, scales, write
+
+import restow
+from restow import errors
+
+E, F, D = 3, 160, 224
+EXPERTS = "model.layers.0.mlp.experts"
+FP8 = torch.float8_e4m3fn
+
+
+class Format(NamedTuple):
+    """`store` gives a weight's tensors by what is added to its name without `.weight`, and its values in float32."""
+
+    about: dict[str, Any]
+    store: Callable[[int, int, int], tuple[State, torch.Tensor]]
+
+
+def packed(seed: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    words = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return words.view(dtype), nibbles(words).long()
+
+
+def exponents(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randint(110, 140, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def power(bytes_: torch.Tensor) -> torch.Tensor:
+    return torch.exp2(bytes_.double() - 127).float()
+
+
+def fp8_e8m0(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
+    weight, grid = codes(seed, r, c).view(FP8), exponents(seed, -(-r // 128), -(-c // 128))
+    stored = {".weight": weight, ".scale": grid.view(torch.float8_e8m0fnu)}
+    return stored, weight.float() * expand(power(grid), (128, 128), (r, c))
+
+
+def fp4_int8(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
+    (words, four), grid = packed(seed, r, c, torch.int8), exponents(seed, r, c // 32)
+    return {".weight": words, ".scale": grid.view(torch.float8_e8m0fnu)}, E2M1[four] * expand(power(grid), (1, 32), (r, c))
+
+
+def fp8_channel(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
+    weight, grid = codes(seed, r, c).view(FP8), scales(seed, r, 1).to(torch.bfloat16)
+    return {".weight": weight, ".weight_scale": grid}, weight.float() * grid.float()
+
+
+def mxfp8(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
+    weight, grid = codes(seed, r, c).view(FP8), exponents(seed, r, c // 32)
+    return {".weight": weight, ".weight_scale_inv": grid}, weight.float() * expand(power(grid), (1, 32), (r, c))
+
+
+def mxfp4_packed(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
+    (words, four), grid = packed(seed, r, c, torch.uint8), exponents(seed, r, c // 32)
+    return {".weight_packed": words, ".weight_scale": grid}, E2M1[four] * expand(power(grid), (1, 32), (r, c))
+
+
+def int4(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
+    (words, four), grid = packed(seed, r, c, torch.int32), scales(seed, r, c // 32).to(torch.bfloat16)
+    shape = torch.tensor([r, c], dtype=torch.int32)
+    stored = {".weight_packed": words, ".weight_scale": grid, ".weight_shape": shape}
+    return stored, (four - 8).float() * expand(grid, (1, 32), (r, c))
+
+
+def nvfp4(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
+    (words, four), grid = packed(seed, r, c, torch.uint8), codes(seed, r, c // 16).view(FP8)
+    second = scales(seed, 1).reshape(())
+    stored = {".weight": words, ".weight_scale": grid, ".weight_scale_2": second, ".input_scale": torch.tensor(0.5)}
+    return stored, E2M1[four] * (expand(grid.float(), (1, 16), (r, c)) * second)
+
+
+def nvfp4_packed(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
+    (words, four), grid = packed(seed, r, c, torch.uint8), codes(seed, r, c // 16).view(FP8)
+    second = 1 / scales(seed, 1)
+    stored = {".weight_packed": words, ".weight_scale": grid, ".weight_global_scale": second}
+    return stored, E2M1[four] * (expand(grid.float(), (1, 16), (r, c)) / second)
+
+
+def modelopt_blocks(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
+    weight, grid = codes(seed, r, c).view(FP8), scales(seed, -(-r // 128), -(-c // 128))
+    stored = {".weight": weight, ".weight_scale": grid[:, None, :, None].contiguous()}
+    return stored, weight.float() * expand(grid, (128, 128), (r, c))
+
+
+def compressed(kind: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
+    return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
+FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+FORMATS = {
+    "fp8_scale": Format(FP8_BLOCKS, fp8_e8m0),
+    "fp4": Format(FP8_BLOCKS, fp4_int8),
+    "fp8_channel": Format(compressed("float-quantized", num_bits=8, type="float", strategy="channel"), fp8_channel),
+    "mxfp8": Format({"quant_method": "mxfp8"}, mxfp8),
+    "mxfp8 by its blocks": Format({"quant_method": "fp8", "weight_block_size": [1, 32]}, mxfp8),
+    "mxfp4_packed": Format(
+        compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32), mxfp4_packed
+    ),
+    "int4_packed": Format(compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32), int4),
+    "nvfp4": Format({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4),
+    "nvfp4_packed": Format(
+        compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16), nvfp4_packed
+    ),
+    "fp8_modelopt": Format({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, modelopt_blocks),
+}
+
+
+def build(folder: Path, form: Format) -> tuple[Path, State, State]:
+    """(folder, stored, values): split experts in a format, and one weight outside them."""
+    stored, values, seed = rest(E, D), State(), 0
+    shapes = {f"{EXPERTS}.{e}.{k}_proj": (D, F) if k == "down" else (F, D) for e in range(E) for k in ("gate", "up", "down")}
+    shapes["model.layers.0.self_attn.q_proj"] = (96, D)
+    for name, shape in shapes.items():
+        seed += 1
+        parts, values[f"{name}.weight"] = form.store(seed, *shape)
+        stored |= {f"{name}{end}": tensor for end, tensor in parts.items()}
+    return write(folder, stored, config(form.about, E, F, D)), stored, values
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_decodes_like_its_formula(tmp_path: Path, kind: str) -> None:
+    folder, _, values = build(tmp_path / "a", FORMATS[kind])
+    assert restow.open(folder).problems == ()
+    want = {**grouped(values, E), **rest(E, D)}
+    want["model.layers.0.self_attn.q_proj.weight"] = values["model.layers.0.self_attn.q_proj.weight"]
+    for dtype in (torch.float32, torch.bfloat16):
+        into = {name: torch.full_like(value, 7, dtype=dtype) for name, value in want.items()}
+        made = restow.plan(folder, into)
+        report = restow.load(folder, into)
+        assert report.bytes_read == made.bytes
+        for name, value in want.items():
+            assert torch.equal(into[name], value.to(dtype)), name
+    for axis, of in (("f", 3), ("d", 4), ("e", 2)):
+        shard = restow.Shard(axis, 1, of)
+        down = want[f"{EXPERTS}.down_projs"]
+        dim = "efd".index(axis)
+        start, count = shard.run(down.shape[dim])
+        part = {f"{EXPERTS}.down_projs": torch.empty_like(down.narrow(dim, start, count))}
+        gate = want[f"{EXPERTS}.gate_and_up_projs"].unflatten(2, (2, F))
+        cut = gate.narrow("edpf".index(axis), start, count).flatten(2)
+        part[f"{EXPERTS}.gate_and_up_projs"] = torch.empty_like(cut)
+        restow.load(folder, part, shard=shard, part=True)
+        assert torch.equal(part[f"{EXPERTS}.down_projs"], down.narrow(dim, start, count)), axis
+        assert torch.equal(part[f"{EXPERTS}.gate_and_up_projs"], cut), axis
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_converts_verifies_and_is_kept(tmp_path: Path, kind: str) -> None:
+    folder, _, _ = build(tmp_path / "a", FORMATS[kind])
+    restow.convert(folder, tmp_path / "g", to="grouped")
+    assert restow.verify(folder, tmp_path / "g").equal
+    assert restow.verify(folder).equal
+    restow.convert(folder, tmp_path / "k", to="split", keep_quantized=True)
+    assert restow.verify(folder, tmp_path / "k").equal
+    restow.convert(folder, tmp_path / "two", to="split", experts=[2, 0], keep_quantized=True)
+    assert restow.open(tmp_path / "two").problems == ()
+
+
+def test_equals_compressed_tensors(tmp_path: Path) -> None:
+    """Its own unpacking and dequantising, where the package is there."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    folder, stored, _ = build(tmp_path / "a", FORMATS["int4_packed"])
+    name = f"{EXPERTS}.1.down_proj"
+    into = {f"{name}.weight": torch.empty(D, F)}
+    made = restow.plan(folder, {f"{EXPERTS}.{e}.{k}_proj.weight": torch.empty((D, F) if k == "down" else (F, D))
+                                for e in range(E) for k in ("gate", "up", "down")}, part=True)  # fmt: skip
+    assert made.bytes > 0
+    every = {target.name: torch.empty(target.shape) for target in made.targets}
+    restow.load(folder, every, part=True)
+    into = {f"{name}.weight": every[f"{name}.weight"]}
+    numbers = unpack_from_int32(stored[f"{name}.weight_packed"], 4, torch.Size([D, F]))
+    args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=32, symmetric=True)
+    theirs = dequantize(numbers, stored[f"{name}.weight_scale"].float(), args=args)
+    assert torch.equal(into[f"{name}.weight"], theirs.float())
+
+
+def test_per_expert_scales_of_stacked_weights(tmp_path: Path) -> None:
+    state, values = rest(E, D), State()
+    for name, shape in {"gate_up_proj": (E, 2 * F, D), "down_proj": (E, D, F)}.items():
+        weight, grid = codes(len(name), *shape).view(FP8), scales(3, E, 1, 1)
+        state |= {f"{EXPERTS}.{name}": weight, f"{EXPERTS}.{name}_scale_inv": grid}
+        state[f"{EXPERTS}.{name}_activation_scale"] = torch.ones(E, 1, 1)
+        values[f"{EXPERTS}.{name}"] = weight.float() * grid
+    folder = write(tmp_path / "a", state, config({"quant_method": "fp8"}, E, F, D))
+    assert restow.open(folder).problems == ()
+    into = {name: torch.empty_like(value) for name, value in values.items()}
+    restow.load(folder, into, part=True)
+    for name, value in values.items():
+        assert torch.equal(into[name], value)
+
+
+@pytest.mark.parametrize("about", [
+    {"quant_method": "gptq", "bits": 4},
+    {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
+    compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, actorder="group"),
+    compressed("marlin-24", num_bits=4, type="int", strategy="channel"),
+], ids=["gptq", "awq", "actorder", "marlin"])  # fmt: skip
+def test_unknown_formats_are_refused_by_name(tmp_path: Path, about: dict[str, Any]) -> None:
+    folder, _, _ = build(tmp_path / "a", FORMATS["int4_packed"]._replace(about=about))
+    fatal = [problem.error for problem in restow.open(folder).problems if problem.fatal]
+    assert any(isinstance(error, errors.QuantizationError) for error in fatal)
+    with pytest.raises(errors.RestowError):
+        restow.convert(folder, tmp_path / "g", to="grouped")
+    assert not (tmp_path / "g").exists()
