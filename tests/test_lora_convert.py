@@ -192,6 +192,70 @@ def test_shared_outer_expands_and_collapses(tmp_path: Path) -> None:
         restow.lora.convert(adapters.make(tmp_path / "a", "qwen3_moe"), tmp_path / "x", to="vllm-shared-outer", base=base)
 
 
+def test_the_outermost_wrapper_may_be_the_input(tmp_path: Path) -> None:
+    """A module that registers down_proj first: its wrappers lie the other way round."""
+    source = adapters.make(tmp_path / "a", "qwen3_moe")
+    state = {}
+    for name, tensor in adapters.tensors(source).items():
+        if "experts" in name:
+            inner = "experts.base_layer." in name
+            name = name.replace("experts.base_layer.", "experts.") if inner else name.replace("experts.", "experts.base_layer.")
+        state[name] = tensor
+    turned = adapters.write(tmp_path / "t", state, **adapters.config(source))
+    base = adapters.base("qwen3_moe")
+    restow.lora.convert(turned, tmp_path / "x", to="grouped", base=base, outer="in")
+    restow.lora.convert(source, tmp_path / "y", to="grouped", base=base)
+    one, two = adapters.tensors(tmp_path / "x"), adapters.tensors(tmp_path / "y")
+    assert all(torch.equal(one[n], two[n]) for n in two)
+    with pytest.raises(AdapterError):
+        restow.lora.convert(turned, tmp_path / "z", to="grouped", base=base)
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.", "base_model.model.language_model."])
+def test_prefixes(tmp_path: Path, prefix: str) -> None:
+    source, state = grouped_parameters(tmp_path, "qwen3_moe")
+    config = adapters.config(tmp_path / "g")
+    given = adapters.write(tmp_path / "p", {f"{prefix}{n}": t for n, t in state.items()}, **config)
+    restow.lora.convert(given, tmp_path / "q", to="peft", base=adapters.base("qwen3_moe"))
+    want = adapters.tensors(source)
+    have = {n.replace("language_model.", ""): t for n, t in adapters.tensors(tmp_path / "q").items()}
+    assert sorted(have) == sorted(want)
+    assert all(torch.equal(have[n], want[n]) for n in want)
+
+
+def test_one_expert_alone() -> None:
+    shapes = {"lora_gate_and_up_A": (1, 32, 3), "lora_gate_and_up_B": (1, 3, 48), "lora_down_A": (1, 24, 3),
+              "lora_down_B": (1, 3, 32)}  # fmt: skip
+    state = {f"model.layers.0.mlp.experts.{n}": tiny.values(n, torch.Size(s)) for n, s in shapes.items()}
+    config = {"r": 3, "lora_alpha": 6}
+    for to in FORMATS:
+        one = restow.lora.relayout(state, to=to, config=config, family="qwen3_moe")
+        back = restow.lora.relayout(one, to="grouped", config=one.config, family="qwen3_moe")
+        assert all(torch.equal(back[f"base_model.model.{n}"], t) for n, t in state.items()), to
+
+
+def test_names_that_go_along(tmp_path: Path) -> None:
+    """modules_to_save, biases and routers are taken along to the byte, and merge puts them where they belong."""
+    source = adapters.make(tmp_path / "a", "qwen3_moe", modules_to_save=["lm_head"],
+                           target_parameters=[*adapters.parameters("qwen3_moe"), "mlp.gate.weight"])  # fmt: skip
+    extra = [n for n in adapters.tensors(source) if "lm_head" in n or "mlp.gate." in n]
+    assert len(extra) >= 5
+    base = adapters.base("qwen3_moe")
+    for to in ("grouped", "peft-per-expert", "megatron-3d"):
+        restow.lora.convert(source, tmp_path / to, to=to, base=base)
+        have, want = adapters.tensors(tmp_path / to), adapters.tensors(source)
+        assert all(torch.equal(have[n], want[n]) for n in extra)
+        restow.lora.convert(tmp_path / to, tmp_path / f"{to}b", to="peft", base=base)
+        adapters.same(source, tmp_path / f"{to}b")
+        report = restow.lora.merge(base, tmp_path / to, tmp_path / f"{to}m")
+        assert report.replaced == 1
+        merged, state = adapters.merged(source, "qwen3_moe"), tiny.reload(tmp_path / f"{to}m", "qwen3_moe")[0].state_dict()
+        for name, tensor in merged.items():
+            torch.testing.assert_close(state[name], tensor, atol=1e-5, rtol=1e-5)
+    with pytest.raises(AdapterError, match="lm_head"):
+        restow.lora.convert(source, tmp_path / "v", to="vllm", base=base)
+
+
 def test_replace_and_existing_targets(tmp_path: Path) -> None:
     source = adapters.make(tmp_path / "a", "qwen3_moe")
     (source / "README.md").write_text("mine")

@@ -117,6 +117,7 @@ def test_the_shapes_of_other_versions(tmp_path: Path, family: str, to: str) -> N
             torch.testing.assert_close(before[name] + delta, want[name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not OLD.is_dir(), reason="RESTOW_OLD_PEFT names no folder")
 @pytest.mark.parametrize("sizes", ["plain", "2f == d", "f == d"])
 @pytest.mark.parametrize("to", VERSIONS)

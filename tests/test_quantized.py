@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from coded import E2M1, E, State, codes, config, expand, fp8_config, fp8_split, grouped, nibbles, rest, write
 from safetensors.torch import load_file
 
 import restow
+from coded import E2M1, E, State, codes, config, expand, fp8_config, fp8_split, grouped, nibbles, rest, write
 from restow import errors
 from restow.boxes import whole
 from restow.landing import Wish

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from coded import E2M1, State, codes, config, expand, grouped, nibbles, rest, scales, write
 
 import restow
+from coded import E2M1, State, codes, config, expand, grouped, nibbles, rest, scales, write
 from restow import errors
 
 E, F, D = 3, 160, 224

@@ -100,6 +100,19 @@ def test_files_are_identical_to_likes(world: int, cases: list[Case], tmp_path: P
     assert nothing_left(tmp_path)
 
 
+def greedy(rank: int, folder: Path) -> None:
+    """Every rank writes all that it holds: as if nobody had chosen owners."""
+    together.owners = lambda everybody, prepared: [[held.name for held in one.held] for one in everybody]
+    every_case(rank, folder, [("greedy", EIGHT, "grouped", [2], [S0])])
+
+
+def test_data_written_twice_is_noticed(tmp_path: Path) -> None:
+    written(EIGHT, tmp_path)
+    ended = ranks(2, tmp_path, greedy, tmp_path)
+    assert type(ended[0].error) is errors.CoverageError
+    assert not (tmp_path / "saved greedy").exists()
+
+
 def test_one_rank_of_a_group(tmp_path: Path) -> None:
     source = EIGHT.written(tmp_path / "8")
     assert (

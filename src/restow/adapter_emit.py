@@ -19,7 +19,7 @@ from restow.adapter_formats import Format
 from restow.adapter_match import matches
 
 NEWEST = "0.21.2"
-VERSIONS = {"0.18": "0.18.1", "0.19.0": "0.19.0"}
+VERSIONS = {"0.18": "0.18.1", "0.19.0": "0.19.0", "0.19.1": "0.19.1"}
 FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
           "target_parameters", "peft_version", "lora_dropout", "restow_layout")  # fmt: skip
 RENAMED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT takes for experts by the leaf

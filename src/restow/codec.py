@@ -57,8 +57,8 @@ class Announced(NamedTuple):
 def announced(config: Mapping[str, object] | None) -> Mapping[str, object] | None:
     """The part of a config that speaks of quantisation, wherever it stands; None where there is none."""
     text = (config or {}).get("text_config")
-    for part in (config or {}, text):
-        for key in SECTIONS if isinstance(part, Mapping) else ():
+    for part in (config or {}, text if isinstance(text, Mapping) else {}):
+        for key in SECTIONS:
             if isinstance(found := part.get(key), Mapping):
                 return found
     return None
@@ -124,12 +124,14 @@ def _compressed(said: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[int,
         if not isinstance(weights, Mapping):
             continue
         bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-        block = {"channel": (1, 0), "tensor": (0, 0), "group": (1, size), "tensor_group": (1, size)}.get(str(strategy))
+        columns = size if isinstance(size, int) else -1
+        blocks = {"channel": (1, 0), "tensor": (0, 0), "group": (1, columns), "tensor_group": (1, columns)}
+        block: tuple[int, int] | None = blocks.get(str(strategy))
         if strategy == "block":
             block = _block(weights.get("block_structure"))
         plain = weights.get("symmetric", True) is True and weights.get("actorder") in (None, False, "weight", "static")
         name = COMPRESSED.get((str(kind), str(weights.get("type")), bits if isinstance(bits, int) else 0))
-        if name is None or not plain or block is None or not all(isinstance(n, int) and n >= 0 for n in block):
+        if name is None or not plain or block is None or min(block) < 0:
             raise QuantizationError(
                 f"a compressed-tensors format that this version of restow knows: {', '.join(k for k, *_ in COMPRESSED)}; "
                 "symmetric, in groups, channels or blocks",

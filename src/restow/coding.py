@@ -51,14 +51,14 @@ class Coding(NamedTuple):
 class Bytes(NamedTuple):
     """A box of codes as bytes of the part: from byte `at`, sizes and steps; `lead` elements of the first are not wanted.
 
-    The last axis is packed bytes, `count` elements of each run, where elements have fewer than 8 bits.
+    The last axis is packed bytes, `wanted` elements of each run, where elements have fewer than 8 bits.
     """
 
     at: int
     sizes: tuple[int, ...]
     steps: tuple[int, ...]
     lead: int
-    count: int
+    wanted: int
 
 
 def byte_box(bits: int, at: int, sizes: Sequence[int], steps: Sequence[int]) -> Bytes:

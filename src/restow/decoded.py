@@ -15,13 +15,23 @@ from typing import NamedTuple
 
 from restow.boxes import strides_of
 from restow.checkpoint import Checkpoint
-from restow.codecs import CODES, COMPANIONS, WORD_BITS, Codec, coded_layouts, is_linear, logical, spelled, weight_of
+from restow.codecs import (
+    CODES,
+    COMPANIONS,
+    WORD_BITS,
+    Codec,
+    coded_layouts,
+    is_linear,
+    logical,
+    spelled,
+    weight_of,
+)
+from restow.coding import Grid, Term
 from restow.entries import DTYPE_BITS, Entry
 from restow.errors import QuantizationError, UsageError, show
 from restow.find import Module
 from restow.layout import Layout, axis_size, shape_of
 from restow.notation import Dim, Factor, Row, dim_keys
-from restow.coding import Grid, Term
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -40,7 +50,7 @@ def decoded(found: Checkpoint, keep: Container[str] = ()) -> Checkpoint:
     if found.codec is None or found.coded is not None:
         return found
     modules = {path: _plain(module) if path not in keep else module for path, module in found.modules.items()}
-    view = View(found, modules, keep)
+    view = CodedWeights(found, modules, keep)
     if not view.weights:
         return found
     return replace(found, tensors=DecodedTensors(view), modules=modules, coded=view)
@@ -82,8 +92,9 @@ def coded_as(layout: Layout, module: Module) -> Layout:
 def value_dtype(config: Mapping[str, object] | None) -> str:
     """The dtype that the config gives its weights, BF16 where it says none."""
     names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    for part in (config or {}, (config or {}).get("text_config")):
-        for key in ("dtype", "torch_dtype") if isinstance(part, Mapping) else ():
+    text = (config or {}).get("text_config")
+    for part in (config or {}, text if isinstance(text, Mapping) else {}):
+        for key in ("dtype", "torch_dtype"):
             if (word := str(part.get(key)).removeprefix("torch.")) in names:
                 return names[word]
     return "BF16"
@@ -112,7 +123,7 @@ def _logical(codec: Codec, row: Row) -> Row:
 class DecodedTensors(Mapping[str, Entry]):
     """The view's entries, made when they are asked for; `raw` are the files' own."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: CodedWeights) -> None:
         self._view, self.raw = view, view.raw
 
     def __getitem__(self, name: str) -> Entry:
@@ -140,7 +151,7 @@ class DecodedTensors(Mapping[str, Entry]):
         return frozenset(names.get(name, name) for name in self._view.several if name not in self._view.gone or name in names)
 
 
-class View(Mapping[str, Coded]):
+class CodedWeights(Mapping[str, Coded]):
     """Every coded weight by its name in the view: an expert's raw name, any other's without what the codec adds."""
 
     def __init__(self, found: Checkpoint, modules: Mapping[str, Module], keep: Container[str]) -> None:

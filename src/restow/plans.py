@@ -127,7 +127,7 @@ class Plan:
     @cached_property
     def reads(self) -> tuple[Read, ...]:
         """Every read, sorted, adjacent ones merged."""
-        runs = []
+        runs: list[tuple[str, int, int]] = []
         for batch in self.batches():
             copy = batch[0]
             part, itemsize = self.parts[copy.source], self.itemsize(copy)
@@ -168,7 +168,7 @@ class Plan:
             if body["restow_plan"] != VERSION:
                 raise UsageError(f"a plan of version {VERSION}", f"version {body['restow_plan']!r}")
             return Plan(
-                parts=tuple(Part(*part[:6], tuple(part[6])) for part in body["parts"]),
+                parts=tuple(_part(*part) for part in body["parts"]),
                 targets=tuple(Target(name, tuple(shape), dtype, _deep(runs))
                               for name, shape, dtype, runs in body["targets"]),
                 patterns=tuple(Pattern(*map(_deep, pattern)) for pattern in body["patterns"]),
@@ -200,9 +200,14 @@ class Plan:
         return "\n".join(lines)
 
 
+def _part(name: str, dtype: str, file: str, begin: int, end: int, coding: int, scales: list[int]) -> Part:
+    return Part(name, dtype, file, begin, end, coding, tuple(scales))
+
+
 def _coding(value: Any) -> Coding:
-    *head, grids = _deep(value)
-    return Coding(*head, tuple(Grid(how, shape, tuple(Term(*term) for term in terms)) for how, shape, terms in grids))
+    codec, element, bits, shape, start, grids = _deep(value)
+    made = tuple(Grid(how, shape, tuple(Term(*term) for term in terms)) for how, shape, terms in grids)
+    return Coding(codec, element, bits, shape, start, made)
 
 
 def _deep(value: Any) -> Any:

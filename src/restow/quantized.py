@@ -33,9 +33,9 @@ def _errors(found: Checkpoint, codec: Announced, dtypes: Mapping[str, str]) -> I
     for path, module in found.modules.items():
         names = [n for role in ("in", "out") for n in module.tensors.get(role, ()) if n is not None]
         if module.codec is not None:
-            wrong = list(_dtypes_wrong(module, dtypes))
-            odd += [name for name in wrong if name in names]
-            if strange := [name for name in wrong if name not in names]:
+            strays = list(_dtypes_wrong(module, dtypes))
+            odd += [name for name in strays if name in names]
+            if strange := [name for name in strays if name not in names]:
                 yield _strange(found, module, strange, dtypes)
         elif codec.method == "fp8":
             odd += [n for n in names if dtypes[n] != codec.dtype and not codec.skips(path)]

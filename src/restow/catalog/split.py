@@ -172,6 +172,8 @@ TABLES = (
     size      L = num_hidden_layers|#layers_block_type|#hybrid_override_pattern
     order     up p f
     module    mixer.experts
+    alias     ^language_model.backbone backbone
+    alias     ^language_model.lm_head lm_head
     rename    ^backbone model
     spelling  hf split
               in    {e}.{p:up}_proj.weight   f d

@@ -81,12 +81,11 @@ TABLES = (
     family    kimi_linear
     size      e = num_experts|num_local_experts
     size      f = moe_intermediate_size
-    size      d = hidden_size
+    size      d = routed_expert_hidden_size|hidden_size
+    size      h = hidden_size
     size      L = num_hidden_layers
     order     gate|up p f
     module    block_sparse_moe.experts mlp.experts
-    alias     ^language_model.model model
-    alias     ^language_model.lm_head lm_head
     alias     block_sparse_moe.gate_proj mlp.gate_proj
     alias     block_sparse_moe.up_proj mlp.up_proj
     alias     block_sparse_moe.down_proj mlp.down_proj
@@ -99,11 +98,39 @@ TABLES = (
     spelling  hf split
               in    {e}.w{p:1|3}.weight   f d
               out   {e}.w2.weight         d f
-    router    router        block_sparse_moe.gate.weight                    e d
+    router    router        block_sparse_moe.gate.weight                    e h
               router.bias   block_sparse_moe.gate.e_score_correction_bias   e    exact
     ignore    *.rotary_emb.inv_freq
     foreign   *.self_attn.conv1d.weight
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
+    """,
+    # Not in transformers: from NeMo AutoModel's configs and adapter. Experts work in a latent width, d.
+    """
+    family    kimi_k3
+    size      e = num_experts|num_local_experts
+    size      f = moe_intermediate_size
+    size      d = routed_expert_hidden_size|hidden_size
+    size      h = hidden_size
+    size      L = num_hidden_layers
+    order     gate|up p f
+    module    block_sparse_moe.experts mlp.experts
+    rename    ^language_model.lm_head lm_head
+    rename    ^language_model.model model
+    rename    self_attn.f_a_proj self_attn.forget_gate.f_a_proj
+    rename    self_attn.f_b_proj self_attn.forget_gate.f_b_proj
+    rename    self_attn.dt_bias self_attn.forget_gate.dt_bias
+    rename    self_attn.A_log self_attn.forget_gate.A_log
+    rename    block_sparse_moe.gate mlp.gate
+    rename    block_sparse_moe.shared_experts mlp.shared_experts
+    spelling  hf split
+              in    {e}.w{p:1|3}.weight   f d
+              out   {e}.w2.weight         d f
+    router    router        block_sparse_moe.gate.weight                    e h
+              router.bias   block_sparse_moe.gate.e_score_correction_bias   e    exact
+    ignore    *.rotary_emb.inv_freq
+    foreign   *.self_attn.conv1d.weight
+    require   language_model.model.embed_tokens.weight language_model.model.norm.weight
+    require   ?language_model.lm_head.weight
     """,
     """
     family    lfm2_moe

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from restow.adapter_base import Base, BaseLike, base_of
 from restow.adapter_config import CONFIG, MODEL, config_text
+from restow.adapter_emit import NEWEST
 from restow.adapter_formats import FORMATS, Faces, Format, era_of, format_of
 from restow.adapter_orient import Options
 from restow.adapter_read import read_adapter
@@ -83,11 +84,13 @@ def resolve(to: str, base: Base) -> tuple[Format, str]:
 
 
 def version_of(to: str) -> str | None:
-    """The PEFT that is installed, where the format is for it."""
-    try:
-        return importlib.metadata.version("peft") if to == "peft" else None
-    except importlib.metadata.PackageNotFoundError:
+    """The PEFT that is installed, else the newest known, where the format is for it."""
+    if to != "peft":
         return None
+    try:
+        return importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        return NEWEST
 
 
 def convert(

@@ -26,6 +26,7 @@ import torch
 from restow.checkpoint import Checkpoint
 from restow.codec import without_quantization
 from restow.codecs import rounds
+from restow.decoded import CodedWeights
 from restow.errors import ConfigError, MissingTensorError, UnexpectedTensorError, UsageError, show
 from restow.landing import Experts, Wish, chosen_experts, layout_of
 from restow.layout import Layout
@@ -119,8 +120,8 @@ def convert(
     `to`: a layout's name (the family's meaning first), a `Layout`, "hf" (what the vendor ships) or "source" (what was
     recorded by the conversion that made `source`: file map, headers and all). `experts` keeps these experts, in this
     order, with their router rows, and mends the config. `dtype` casts floating tensors, but for rows that must stay
-    exact. Quantised weights are decoded, to the config's dtype without `dtype`; `keep_quantized` takes codes and scales along as
-    they are, where `to` has a place for them. All other tensors, the config and tokenizer files come along unchanged. At most 1 GiB of memory, whatever
+    exact. Quantised weights are decoded, to the config's dtype without `dtype`; `keep_quantized` takes codes and scales
+    along as they are, where `to` has a place for them. All other tensors, the config and tokenizer files come along unchanged. At most 1 GiB of memory, whatever
     the size. The manifest records a digest per tensor and per leaf, with `sha256` one per file; odd values (NaN, experts
     of zeros) are warnings. Raises the source's fatal problems, `UsageError` for an unknown `to`, and `DestinationError`s; then
     nothing is written.
@@ -193,16 +194,17 @@ def _prepare(
     prepared = prepare(opened, targets, wish)
     prepared = dataclasses.replace(prepared, targets={t.name: _cast(prepared, t, dtype) for t in targets})
     _judge_cover(prepared)
-    decoded_from = () if prepared.source.coded is None else sorted({c.name for c in prepared.source.coded.codecs})
+    weights = prepared.source.coded
+    decoded_from = sorted({c.name for c in weights.codecs}) if isinstance(weights, CodedWeights) else []
     if decoded_from and "config.json" in sides:
         sides["config.json"] = without_quantization(sides["config.json"])
     if experts is not None:
         sides["config.json"] = _mended(opened, wish, sides.get("config.json"))
     metadata = {"format": "pt"}
     files = new_files(((t.name, t.dtype, t.shape) for t in prepared.targets.values()), max_bytes, metadata)
-    why_not = (
-        f"values were decoded from {', '.join(decoded_from)}" if decoded_from else "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
-    )
+    why_not = "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
+    if decoded_from:
+        why_not = f"values were decoded from {', '.join(decoded_from)}"
     return _Job(
         prepared=prepared,
         files=files,
@@ -449,7 +451,7 @@ def _narrowed(job: _Job) -> dict[str, str]:
 def _decoded_lossy(prepared: Prepared, name: str, dtype: str) -> list[str]:
     """The codecs of what fills a target, whose values may have more digits than its dtype holds."""
     source = prepared.source
-    if source.coded is None or name not in prepared.targets:
+    if not isinstance(source.coded, CodedWeights) or name not in prepared.targets:
         return []
     names = [prepared.plain[name]] if name in prepared.plain else []
     if name in prepared.owners:

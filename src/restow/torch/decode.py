@@ -92,7 +92,7 @@ class Decoder:
                 if sizes and not (coding.bits != 8 and axis == len(sizes) - 1):
                     shape = (count, *sizes[axis + 1 :])
                 elif sizes:
-                    shape = (codes.count,)
+                    shape = (codes.wanted,)
                 begin = at + dot(place, steps)
                 how_scaled = self._scaling(coding, grids, origin, begin, shape, steps[axis:])
                 for dtype in {one.tensor.dtype for one in landings}:
@@ -222,8 +222,9 @@ def scale(values: torch.Tensor, factors: torch.Tensor, lengths: Sequence[int]) -
         length, last = lengths[first], first + 1
         while last < len(lengths) and lengths[last] == length:
             last += 1
-        run = values.narrow(1, at, length * (last - first)).unflatten(1, (last - first, length))
-        run.mul_(factors[:, first:last, None])
+        run = values.narrow(1, at, length * (last - first))
+        shape, strides = (len(values), last - first, length), (values.stride(0), length, 1)
+        run.as_strided(shape, strides).mul_(factors[:, first:last, None])
         at += length * (last - first)
         first = last
 

@@ -123,9 +123,10 @@ def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: b
         kinds = {first.tensors[source].dtype for source in sources}
         coded = [_codes(first, sources[0]), _codes(second, name)]
         if any(coded):  # values as they are decoded for the other side's dtype; in float32 where both are codes
-            common = "F32" if all(coded) else first.tensors[sources[0]].dtype if coded[1] else second.tensors[name].dtype
-            cast[name] = (coded[0] or common, coded[1] or common)
-            targets[name] = whole_target(name, second.tensors[name].shape, common)
+            dense = first.tensors[sources[0]].dtype if coded[1] else second.tensors[name].dtype
+            values = "F32" if all(coded) else dense
+            cast[name] = (coded[0] or values, coded[1] or values)
+            targets[name] = whole_target(name, second.tensors[name].shape, values)
             return
         ours, theirs = second.tensors[name].dtype, wider(sorted(kinds)) or " and ".join(sorted(kinds))
         common = ours if kinds == {ours} else _common(theirs, ours)
