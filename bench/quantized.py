@@ -30,7 +30,9 @@ def make(folder: Path, experts: int, f: int, d: int) -> int:
             shape = (d, f) if key == "down" else (f, d)
             codes = torch.randint(0, 127, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
             state[f"{PATH}.{e}.{key}_proj.weight"] = codes
-            state[f"{PATH}.{e}.{key}_proj.weight_scale_inv"] = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128))
+            state[f"{PATH}.{e}.{key}_proj.weight_scale_inv"] = torch.rand(
+                -(-shape[0] // 128), -(-shape[1] // 128)
+            )
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     names = {"metadata": {}, "weight_map": dict.fromkeys(state, "model.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(names))
@@ -43,7 +45,9 @@ def make(folder: Path, experts: int, f: int, d: int) -> int:
     return sum(tensor.nbytes for tensor in state.values())
 
 
-def ours(folder: Path, experts: int, f: int, d: int, threads: int | None) -> tuple[float, dict[str, torch.Tensor]]:
+def ours(
+    folder: Path, experts: int, f: int, d: int, threads: int | None
+) -> tuple[float, dict[str, torch.Tensor]]:
     into = {
         f"{PATH}.gate_and_up_projs": torch.zeros(experts, d, 2 * f, dtype=torch.bfloat16),
         f"{PATH}.down_projs": torch.zeros(experts, f, d, dtype=torch.bfloat16),
@@ -55,7 +59,9 @@ def ours(folder: Path, experts: int, f: int, d: int, threads: int | None) -> tup
 
 def theirs(folder: Path, experts: int, f: int, d: int) -> tuple[float, dict[str, torch.Tensor]]:
     into = {
-        f"{PATH}.{e}.{key}_proj.weight": torch.zeros((d, f) if key == "down" else (f, d), dtype=torch.bfloat16)
+        f"{PATH}.{e}.{key}_proj.weight": torch.zeros(
+            (d, f) if key == "down" else (f, d), dtype=torch.bfloat16
+        )
         for e in range(experts)
         for key in ("gate", "up", "down")
     }
@@ -82,7 +88,9 @@ def main() -> None:
         name = f"{PATH}.{args.experts - 1}.up_proj.weight"
         same = torch.equal(us[0][1][f"{PATH}.gate_and_up_projs"][-1][:, args.inner :].T, them[0][1][name])
     a, b = min(t for t, _ in us), min(t for t, _ in them)
-    print(f"{args.experts} experts of {args.inner} x {args.width}, {size / 1e6:.0f} MB of codes and scales, warm cache")
+    print(
+        f"{args.experts} experts of {args.inner} x {args.width}, {size / 1e6:.0f} MB of codes and scales, warm cache"
+    )
     print(f"  restow, into grouped bfloat16          {a:.3f} s  {size / a / 1e9:.2f} GB/s of file")
     print(f"  torch's reader, into split bfloat16    {b:.3f} s  {size / b / 1e9:.2f} GB/s of file")
     print(f"  {b / a:.1f} times as fast; values {'equal' if same else 'differ'}")

@@ -252,3 +252,24 @@ def test_there_and_back(family_id: str, to: str, tmp_path: Path) -> None:
         assert not info["missing_keys"] and not info["mismatched_keys"]
         changed = differing(model.state_dict(), state(family_id))
         assert all(fnmatchcase(name, RESET.get(family_id, "")) for name in changed), changed
+
+
+RESAVED = ("deepseek_v4", "kimi_k25", "kimi_linear", "hy_v4")  # saved again, names are not the vendor's: aliases
+
+
+@EACH
+def test_names_lead_both_ways(family_id: str) -> None:
+    """Tensors of equal bytes on the hub and in memory have names that the family's renames bring together."""
+    files, memory = read(tiny.saved(family_id)), state(family_id)
+    family = restow.families[tiny.config(family_id).model_type]
+    by_bytes = {(tuple(t.shape), t.numpy().tobytes()): name for name, t in files.items()}
+    tied = tiny.build(family_id).all_tied_weights_keys
+    wrong = []
+    for name, tensor in memory.items():
+        assert family.canonical(name) == name or family_id == "diffusion_gemma"
+        hub = by_bytes.get((tuple(tensor.shape), tensor.contiguous().numpy().tobytes()))
+        if hub is None or is_expert(name, family_id) or name in tied or tensor.dtype is torch.int64:
+            continue
+        if family.canonical(hub) != name or (family_id not in RESAVED and family.on_hub(name) != hub):
+            wrong.append((name, hub, family.canonical(hub), family.on_hub(name)))
+    assert wrong == []

@@ -115,7 +115,8 @@ def test_second_implementation(data: st.DataObject) -> None:
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    one, other = (t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(one, other)
 
 
 # What must be seen.
@@ -221,8 +222,10 @@ def test_every_family_on_the_hub_and_at_run_time(family_id: str) -> None:
     memory = restow.fingerprint(model)
     hub, runtime = (restow.fingerprint(tiny.saved(family_id, form)) for form in (True, False))
     assert sum(".experts" in key for key in memory) >= 12
-    assert {key: memory[key] for key in hub if key in memory} == dict(hub)
-    assert {key: memory[key] for key in runtime if key in memory} == dict(runtime)
+    for disk in (hub, runtime):  # a vision tower may be spelled otherwise there; experts and text are not
+        both = disk.keys() & memory.keys()
+        assert {key: disk[key] for key in both} == {key: memory[key] for key in both}
+        assert {key for key in disk.keys() ^ memory.keys() if "vision" not in key and key != "lm_head.weight"} == set()
     with torch.no_grad():
         name = next(n for n, p in model.named_parameters() if ".experts" in n and p.dim() > 1)
         model.get_parameter(name).view(-1)[3] += 1

@@ -141,6 +141,7 @@ def test_convert_decodes_and_verify_agrees(fp8: tuple[Path, State], tmp_path: Pa
     assert restow.verify(folder, tmp_path / "g").equal
     assert restow.verify(tmp_path / "g", folder).equal
     assert restow.verify(folder, folder).equal
+    assert restow.fingerprint(folder) == restow.fingerprint(tmp_path / "g")
     with pytest.raises(errors.UsageError, match="decoded from fp8"):
         restow.convert(tmp_path / "g", tmp_path / "s", to="source")
 
@@ -177,7 +178,7 @@ def test_keep_quantized_takes_codes_and_scales_along(fp8: tuple[Path, State], tm
 def test_keep_quantized_refuses_what_has_no_place(fp8: tuple[Path, State], tmp_path: Path) -> None:
     with pytest.raises(errors.UsageError, match="fp8 codes"):
         restow.convert(fp8[0], tmp_path / "g", to="grouped", keep_quantized=True)
-    with pytest.raises(errors.RolesError, match="in.scale"):
+    with pytest.raises(errors.RolesError, match=r"in\.scale"):
         restow.convert(fp8[0], tmp_path / "f", to="fused", keep_quantized=True)
     with pytest.raises(errors.UsageError, match="dtype="):
         restow.convert(fp8[0], tmp_path / "s", to="split", keep_quantized=True, dtype=torch.float32)
@@ -227,7 +228,8 @@ def test_mxfp4_equals_transformers_and_the_formula(tmp_path: Path, f: int, d: in
     assert restow.open(folder).problems == ()
     into = {f"{EXPERTS}.{role}": torch.empty(4, *shape, dtype=torch.bfloat16)
             for role, shape in {"gate_up_proj": (d, 2 * f), "down_proj": (f, d)}.items()}  # fmt: skip
-    into |= {f"{EXPERTS}.{role}_bias": torch.empty_like(state[f"{EXPERTS}.{role}_bias"]) for role in ("gate_up_proj", "down_proj")}
+    biases = [f"{EXPERTS}.{role}_bias" for role in ("gate_up_proj", "down_proj")]
+    into |= {name: torch.empty_like(state[name]) for name in biases}
     filled(folder, into, part=True, layout="hf")
     for role in ("gate_up_proj", "down_proj"):
         blocks, scales = state[f"{EXPERTS}.{role}_blocks"], state[f"{EXPERTS}.{role}_scales"]

@@ -117,11 +117,10 @@ FORMATS = {
 
 def build(folder: Path, form: Format) -> tuple[Path, State, State]:
     """(folder, stored, values): split experts in a format, and one weight outside them."""
-    stored, values, seed = rest(E, D), State(), 0
+    stored, values = rest(E, D), State()
     shapes = {f"{EXPERTS}.{e}.{k}_proj": (D, F) if k == "down" else (F, D) for e in range(E) for k in ("gate", "up", "down")}
     shapes["model.layers.0.self_attn.q_proj"] = (96, D)
-    for name, shape in shapes.items():
-        seed += 1
+    for seed, (name, shape) in enumerate(shapes.items()):
         parts, values[f"{name}.weight"] = form.store(seed, *shape)
         stored |= {f"{name}{end}": tensor for end, tensor in parts.items()}
     return write(folder, stored, config(form.about, E, F, D)), stored, values

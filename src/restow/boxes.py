@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 from restow.layout import Sizes, axis_size
@@ -124,7 +124,7 @@ def overlap(boxes: Sequence[tuple[Run, ...]]) -> tuple[int, int] | None:
     cut = []
     for dim in range(rank):
         runs = sorted({box[dim] for box in boxes})
-        if any(a[0] + a[1] > b[0] for a, b in zip(runs, runs[1:], strict=False)):
+        if any(a[0] + a[1] > b[0] for a, b in pairwise(runs)):
             cut.append(dim)
     if not cut:
         return None

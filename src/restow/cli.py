@@ -200,18 +200,31 @@ def lora(
     """Write an adapter in another format; or, with --check and --base, run it in PEFT and compare."""
     from restow.answers import adapted, checked
 
-    how = {"family": family, "faces": faces, "outer": outer, "expert_major": expert_major}
     if check:
         if base is None or target is not None or to is not None:
             raise UsageError("--check with --base, and neither DST nor --to", "other options")
         from restow.torch.adapter_check import check as run_check
 
-        return checked(run_check(source, base, **how))
+        return checked(
+            run_check(source, base, family=family, faces=faces, outer=outer, expert_major=expert_major)
+        )
     if target is None or to is None:
         raise UsageError("DST and --to FORMAT", "one of them missing")
     from restow.torch.adapter_convert import convert as do
 
-    return adapted(do(source, target, to=to, base=base, replace=replace, **how))
+    return adapted(
+        do(
+            source,
+            target,
+            to=to,
+            base=base,
+            family=family,
+            faces=faces,
+            outer=outer,
+            expert_major=expert_major,
+            replace=replace,
+        )
+    )
 
 
 @verb

@@ -130,7 +130,9 @@ def parse_codecs(text: str) -> dict[str, Codec]:
             found[name] = last = Codec(name, element, int(bits), tuple(dtypes), Companion("", "", ()), ())
             continue
         role, spelled, *rest = words
-        cut = next((i for i, word in enumerate(rest) if word in ("multiply", "divide", "exponent")), len(rest))
+        cut = next(
+            (i for i, word in enumerate(rest) if word in ("multiply", "divide", "exponent")), len(rest)
+        )
         how, dtypes = (rest[cut], rest[cut + 1 :]) if cut < len(rest) else ("", [])
         row = Companion(f".{role}", spelled, tuple(w for w in rest[:cut] if w != "-"), how, tuple(dtypes))
         if role == "codes":
@@ -160,7 +162,9 @@ def coded_layouts(layout: Layout, codec: Codec, roles: Sequence[str] = ("in", "o
 
 def is_linear(layout: Layout) -> bool:
     """Whether every weight has its input axis last, as torch's Linear: then a row of a scale grid is one of outputs."""
-    last = {row.role: str(row.dims[-1]) for row in layout.rows if row.role in ("in", "out") and len(row.dims) > 1}
+    last = {
+        row.role: str(row.dims[-1]) for row in layout.rows if row.role in ("in", "out") and len(row.dims) > 1
+    }
     return last == {"in": "d", "out": "f"}
 
 

@@ -107,10 +107,14 @@ def index_of(coding: Coding, at: int) -> tuple[int, ...]:
 
 def dim_of(shape: Sequence[int], strides: Sequence[int], step: int) -> int:
     """Which dim of a row-major tensor an axis that steps by `step` elements runs along."""
-    return next(i for i, stride in enumerate(strides) if shape[i] > 1 and step >= stride and step % stride == 0)
+    return next(
+        i for i, stride in enumerate(strides) if shape[i] > 1 and step >= stride and step % stride == 0
+    )
 
 
-def jobs(coding: Coding, at: int, sizes: tuple[int, ...], steps: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def jobs(
+    coding: Coding, at: int, sizes: tuple[int, ...], steps: tuple[int, ...]
+) -> Iterator[tuple[int, int]]:
     """The (first, count) slices of a box along its outermost axis, each a job of its own with its own scales."""
     if not sizes:
         yield 0, 1
@@ -136,7 +140,9 @@ def coded_bytes(
 
 
 @lru_cache(maxsize=4096)
-def _job_bytes(coding: Coding, widths: tuple[int, ...], at: int, sizes: tuple[int, ...], steps: tuple[int, ...]) -> int:
+def _job_bytes(
+    coding: Coding, widths: tuple[int, ...], at: int, sizes: tuple[int, ...], steps: tuple[int, ...]
+) -> int:
     codes = byte_box(coding.bits, at, sizes, steps)
     total = read_bytes(codes.sizes, codes.steps, 1)
     for number, width in enumerate(widths):

@@ -25,7 +25,7 @@ class Hit(NamedTuple):
     tag: int
     row: Row
     path: str
-    index: tuple[int, ...]
+    index: tuple[int, ...]  # type: ignore[assignment]  # hides tuple.index, which nobody asks a hit
 
 
 class _Leaf(NamedTuple):

@@ -66,7 +66,7 @@ def moves(source: Side, target: Side, take: tuple[tuple[str, tuple[int, ...]], .
     `take` maps an axis to the source's index for each destination index (an expert list); axes not named map one to
     one. Raises `RolesError` (axes differ), `ShapeMismatchError` (sizes differ), `CoverageError` (never or twice).
     """
-    maps = {axis: indices for axis, indices in take}
+    maps = dict(take)
     maps.update(_label_map(source.row, target.row))
     _check(source, target, maps)
     sizes = dict(target.sizes)

@@ -121,8 +121,8 @@ def convert(
     recorded by the conversion that made `source`: file map, headers and all). `experts` keeps these experts, in this
     order, with their router rows, and mends the config. `dtype` casts floating tensors, but for rows that must stay
     exact. Quantised weights are decoded, to the config's dtype without `dtype`; `keep_quantized` takes codes and scales
-    along as they are, where `to` has a place for them. All other tensors, the config and tokenizer files come along unchanged. At most 1 GiB of memory, whatever
-    the size. The manifest records a digest per tensor and per leaf, with `sha256` one per file; odd values (NaN, experts
+    along as they are, where `to` has a place for them. All other tensors, the config and tokenizer files come along
+    unchanged. At most 1 GiB of memory, whatever the size. The manifest records a digest per tensor and per leaf, with `sha256` one per file; odd values (NaN, experts
     of zeros) are warnings. Raises the source's fatal problems, `UsageError` for an unknown `to`, and `DestinationError`s; then
     nothing is written.
     """

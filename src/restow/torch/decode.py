@@ -127,7 +127,9 @@ class Decoder:
                 taken = (count - 1) * steps[how.outer] * width + how.run
                 read += source.preadv(base + width * dot((*index, first), steps), [raw(gaps[:taken])])
                 loose = gaps[: -(-taken // width) * width].view(_INTS[width])
-                inner = loose.as_strided((count, *sizes[how.outer + 1 :]), steps[how.outer :], loose.storage_offset())
+                inner = loose.as_strided(
+                    (count, *sizes[how.outer + 1 :]), steps[how.outer :], loose.storage_offset()
+                )
                 packed[index].narrow(0, first, count).copy_(inner)
         return packed, read
 
@@ -136,7 +138,9 @@ class Decoder:
     ) -> tuple[torch.Tensor, int]:
         """The needed box of a scale tensor in float32."""
         dtype, strides = torch_dtype(part.dtype), strides_of(coding.grids[number].shape)
-        base = part.begin + dtype.itemsize * sum(low * step for (low, _), step in zip(box, strides, strict=True))
+        base = part.begin + dtype.itemsize * sum(
+            low * step for (low, _), step in zip(box, strides, strict=True)
+        )
         sizes = tuple(n for _, n in box)
         found, read = self._read(self._open(part.file), base, sizes, strides, dtype.itemsize)
         if coding.grids[number].how == "exponent" or part.dtype == "F8_E8M0":
@@ -271,7 +275,9 @@ def values_of(element: str) -> torch.Tensor:
     codes = torch.arange(256, dtype=torch.uint8)
     if element in ("e4m3", "e5m2"):
         return codes.view(torch.float8_e4m3fn if element == "e4m3" else torch.float8_e5m2).to(torch.float32)
-    values = torch.tensor(E2M1 if element == "e2m1" else [float(i - 8) for i in range(16)], dtype=torch.float32)
+    values = torch.tensor(
+        E2M1 if element == "e2m1" else [float(i - 8) for i in range(16)], dtype=torch.float32
+    )
     pairs = torch.stack([values[(codes & 15).long()], values[(codes >> 4).long()]], 1)
     return pairs.contiguous().view(torch.int64).reshape(-1)
 

@@ -21,7 +21,8 @@ from restow.plans import Copy, Plan
 from restow.reads import spans
 from restow.torch.dtypes import torch_dtype
 from restow.torch.raw import raw
-from restow.torch.read import Booked, Progress, _compare, _Files, _Ledger, tile_axis
+from restow.torch.read import Booked, Progress, _compare, _Files, _Ledger
+from restow.torch.strides import tile_axis
 
 SLOTS = 4
 SLOT = 64 << 20  # bytes of one slot, on the host and on the device

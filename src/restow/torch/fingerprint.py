@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from restow.checkpoint import Checkpoint
+from restow.decoded import decoded
 from restow.family import Family
 from restow.find import Module, candidates_of, find_modules
 from restow.landing import Wish, layout_of
@@ -96,7 +97,7 @@ def _config(state: Into) -> Mapping[str, Any] | None:
     models = [state] if isinstance(state, torch.nn.Module) else [] if isinstance(state, Mapping) else state
     for model in models:
         config = getattr(model, "config", None)
-        if hasattr(config, "to_dict"):
+        if config is not None and hasattr(config, "to_dict"):
             return dict(config.to_dict())
         if isinstance(config, Mapping):
             return config
@@ -105,6 +106,7 @@ def _config(state: Into) -> Mapping[str, Any] | None:
 
 def _of_checkpoint(opened: Checkpoint, threads: int | None) -> Iterator[tuple[str, int]]:
     raise_fatal(opened)
+    opened = decoded(opened)
     owners = owners_of(opened.modules)
     targets = {n: whole_target(n, e.shape, e.dtype) for n, e in opened.tensors.items() if all(e.shape)}
     own = Prepared(opened, targets, Wish(), {}, {}, {}, {name: name for name in targets})

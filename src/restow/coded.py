@@ -1,0 +1,293 @@
+"""Every coded weight of a checkpoint: which bytes stand for it, and which scale belongs to which of its elements.
+
+Codes and companions are found by names, dtypes and shapes together, under the codecs that the config announces; a weight
+is looked at when it is asked for. Rejected by name (`QuantizationError`) are padded rows of packed codes, and packed
+codes or scales in several pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+from restow.boxes import strides_of
+from restow.checkpoint import Checkpoint
+from restow.codecs import CODES, COMPANIONS, WORD_BITS, Codec, coded_layouts, logical, spelled, weight_of
+from restow.coding import Grid, Term
+from restow.entries import DTYPE_BITS, Entry
+from restow.errors import QuantizationError, show
+from restow.find import Module
+from restow.layout import Layout, axis_size, shape_of
+from restow.notation import Dim, Factor, Row, dim_keys
+
+
+class Coded(NamedTuple):
+    """A coded weight: the raw name of its codes, and (raw name, how it is found) of every scale."""
+
+    codec: Codec
+    name: str
+    shape: tuple[int, ...]
+    scales: tuple[tuple[str, Grid], ...]
+
+
+def logical_row(codec: Codec, row: Row) -> Row:
+    """The row of what a row of codes decodes to."""
+    found = logical(row, codec.bits, WORD_BITS[codec.dtypes[0]])
+    assert found is not None, f"the table of codecs: {row}"
+    return found
+
+
+def value_dtype(config: Mapping[str, object] | None) -> str:
+    """The dtype that the config gives its weights, BF16 where it says none."""
+    names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    text = (config or {}).get("text_config")
+    for part in (config or {}, text if isinstance(text, Mapping) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if (word := str(part.get(key)).removeprefix("torch.")) in names:
+                return names[word]
+    return "BF16"
+
+
+class DecodedTensors(Mapping[str, Entry]):
+    """The view's entries, made when they are asked for; `raw` are the files' own."""
+
+    def __init__(self, view: CodedWeights) -> None:
+        self._view, self.raw = view, view.raw
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self._view.weights:
+            if name in self._view.gone:
+                raise KeyError(name)
+            return self._view.raw[name]
+        coded = self._view[name]
+        raw = self._view.raw[coded.name]
+        if raw.shape == coded.shape:
+            return Entry(self._view.dtype, coded.shape, raw.pieces)
+        box = tuple((0, n) for n in coded.shape)  # packed, in one piece
+        return Entry(self._view.dtype, coded.shape, (raw.pieces[0]._replace(box=box),))
+
+    def __iter__(self) -> Iterator[str]:
+        names = self._view.names
+        return (
+            names.get(name, name) for name in self._view.raw if name not in self._view.gone or name in names
+        )
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @property
+    def sharded(self) -> frozenset[str]:
+        names = self._view.names
+        return frozenset(
+            names.get(name, name)
+            for name in self._view.several
+            if name not in self._view.gone or name in names
+        )
+
+
+class CodedWeights(Mapping[str, Coded]):
+    """Every coded weight by its name in the view: an expert's raw name, any other's without what the codec adds."""
+
+    def __init__(self, found: Checkpoint, modules: Mapping[str, Module], keep: Container[str]) -> None:
+        self.raw, self.several, self.dtype = found.tensors, found.several, value_dtype(found.config)
+        self.path = found.path
+        self.weights: dict[str, tuple[Module, str] | tuple[Codec, Row, str]] = {}
+        self.gone: set[str] = set()  # raw names that the view does not show as they are
+        self.names: dict[str, str] = {}  # raw name -> name in the view, where that is another
+        self._known: dict[tuple[Row, Row, tuple[int, ...], tuple[int, ...], str], Grid] = {}
+        experts: set[str] = set()
+        for path, module in found.modules.items():
+            listed = [n for names in module.tensors.values() for n in names if n is not None]
+            experts.update(listed)
+            if module.codec is None or path in keep:
+                continue
+            for role, names in module.tensors.items():
+                held = [n for n in names if n is not None]
+                if role.endswith(COMPANIONS):
+                    self.gone.update(held)
+                elif role.removesuffix(CODES) in ("in", "out"):
+                    self.weights.update((n, (module, role)) for n in held)
+        assert found.codec is not None
+        for name in found.tensors:
+            if name in experts or name in keep or name in self.gone:
+                continue
+            self._other(name, found.codec.codecs)
+
+    def _other(self, name: str, codecs: tuple[Codec, ...]) -> None:
+        """A tensor outside the experts as a coded weight, if its dtype, its shape and its companions say so."""
+        entry = self.raw[name]
+        for codec in codecs:
+            weight = weight_of(codec.codes.name, name)
+            if weight is None or entry.dtype not in codec.dtypes or len(entry.shape) != 2:
+                continue
+            scales = [spelled(scale.name, weight) for scale in codec.scales]
+            if not all(scale in self.raw for scale in scales) or not self._fits(codec, name, scales):
+                continue
+            self.weights[weight] = (codec, _matrix(codec, entry.shape), name)
+            self.gone.update(scales)
+            self.gone.update(s for s in (spelled(c.name, weight) for c in codec.spares) if s in self.raw)
+            if weight != name:
+                self.names[name] = weight
+                self.gone.add(name)
+            return
+
+    def _fits(self, codec: Codec, name: str, scales: list[str]) -> bool:
+        rows = _matrix_layout(codec).rows
+        sizes = {"x0": 0, "x1": 0}
+        row = logical_row(codec, rows[0])
+        packed = _packing(rows[0], row)
+        shape = self.raw[name].shape
+        sizes["x0"], sizes["x1"] = shape[0], shape[1] * packed
+        for companion, scale in zip(codec.scales, scales, strict=True):
+            at = next(r for r in rows if r.role.endswith(companion.role))
+            entry = self.raw[scale]
+            if entry.dtype not in companion.dtypes or shape_of(at, sizes) != entry.shape:
+                return False
+        return True
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, str], dict[str, int]]:
+        return {}
+
+    def __getitem__(self, name: str) -> Coded:
+        found = self.weights[name]
+        if len(found) == 3:
+            codec, row, raw = found
+            layout = _matrix_layout(codec)
+            scales = [
+                (r, spelled(c.name, name))
+                for c in codec.scales
+                for r in layout.rows
+                if r.role.endswith(c.role)
+            ]
+            sizes: Mapping[str, int] = dict(zip(("x0", "x1"), self._shape(row, raw, codec), strict=True))
+        else:
+            module, role = found
+            assert module.codec is not None
+            codec, raw, sizes = module.codec, name, module.sizes
+            base = role.removesuffix(CODES)
+            row = logical_row(codec, module.layout.row(role))
+            place = self._place(module, role, name)
+            scales = []
+            for companion in codec.scales:
+                scale_role = base + companion.role
+                scale = module.tensors[scale_role][place]
+                if scale is None:
+                    raise self._error(f"a scale for {show(name)}", "none", name)
+                scales.append((module.layout.row(scale_role), scale))
+        shape = shape_of(row, sizes)
+        entry = self.raw[raw]
+        if prod(shape) * codec.bits != prod(entry.shape) * DTYPE_BITS[entry.dtype]:
+            raise self._error(
+                f"{codec.name} codes of {list(shape)} without padding",
+                f"{show(raw)} {list(entry.shape)}",
+                raw,
+            )
+        if codec.bits != 8 and len(entry.pieces) != 1:
+            raise self._error(
+                f"packed weights in one piece ({codec.name})",
+                f"{len(entry.pieces)} pieces of {show(raw)}",
+                raw,
+            )
+        by_role = {scale.role: scale for scale in codec.scales}
+        grids = []
+        for at, scale in scales:
+            if len(self.raw[scale].pieces) != 1:
+                raise self._error(
+                    "scales in one piece", f"{len(self.raw[scale].pieces)} pieces of {show(scale)}", scale
+                )
+            how = next(c.how for end, c in by_role.items() if at.role.endswith(end))
+            grids.append((scale, self._grid(row, at, shape, how, sizes)))
+        return Coded(codec, raw, shape, tuple(grids))
+
+    def codec(self, name: str) -> Codec:
+        """What a weight is coded in."""
+        found = self.weights[name]
+        if len(found) == 3:
+            return found[0]
+        assert found[0].codec is not None
+        return found[0].codec
+
+    @cached_property
+    def codecs(self) -> tuple[Codec, ...]:
+        return tuple(dict.fromkeys(map(self.codec, self.weights)))
+
+    def _shape(self, row: Row, raw: str, codec: Codec) -> tuple[int, int]:
+        shape = self.raw[raw].shape
+        packed = _packing(_matrix_layout(codec).rows[0], logical_row(codec, _matrix_layout(codec).rows[0]))
+        return shape[0], shape[1] * packed
+
+    def _place(self, module: Module, role: str, name: str) -> int:
+        key = (module.path, role)
+        if key not in self._places:
+            self._places[key] = {n: i for i, n in enumerate(module.tensors[role]) if n is not None}
+        return self._places[key][name]
+
+    def _grid(self, row: Row, scale: Row, shape: tuple[int, ...], how: str, sizes: Mapping[str, int]) -> Grid:
+        found = shape_of(scale, sizes)
+        key = (row, scale, shape, found, how)
+        if key not in self._known:
+            self._known[key] = Grid(how, found, terms_of(row, scale, sizes))
+        return self._known[key]
+
+    def _error(self, expected: str, found: str, name: str) -> QuantizationError:
+        return QuantizationError(expected, found, path=self.path, tensor=name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
+
+def terms_of(row: Row, scale: Row, sizes: Mapping[str, int]) -> tuple[Term, ...]:
+    """How an element's place in a weight of `row` gives its scale's place in a tensor of `scale`."""
+    terms = []
+    for to, dim in enumerate(scale.dims):
+        keys = dim_keys(dim)
+        lengths = [axis_size(scale, key, sizes) for key in keys]
+        for key, step in zip(keys, strides_of(lengths), strict=True):
+            at = _axis_in(row, key, dim, sizes)
+            if at is not None:
+                terms.append(Term(*at, to, step))
+    return tuple(terms)
+
+
+def _axis_in(row: Row, key: str, dim: Dim, sizes: Mapping[str, int]) -> tuple[int, int, int, int] | None:
+    """(dim, stride there, size, divisor) of a scale's axis in the weight's row; None for a fixed size and name axes."""
+    if dim.divisor != 1:  # over a whole group: (p f)/128
+        for i, there in enumerate(row.dims):
+            if [f.axis for f in there.factors] == [f.axis for f in dim.factors]:
+                return i, 1, shape_of(replace(row, dims=(there,)), sizes)[0], dim.divisor
+        raise QuantizationError(f"a dim ({' '.join(map(str, dim.factors))}) in the codes' row", f"'{row}'")
+    axis, _, by = key.partition("/")
+    if axis.isdecimal():
+        return None
+    for i, there in enumerate(row.dims):
+        keys = dim_keys(there)
+        if axis in keys:
+            lengths = [axis_size(row, k, sizes) for k in keys]
+            at = keys.index(axis)
+            return i, strides_of(lengths)[at], lengths[at], int(by or 1)
+    raise QuantizationError(f"an axis '{axis}' in the codes' row", f"'{row}'")
+
+
+def _matrix_layout(codec: Codec) -> Layout:
+    """The rows of a matrix outside the experts under a codec."""
+    weight = Row("weight", ("weight",), (Dim((Factor("x0"),)), Dim((Factor("x1"),))))
+    return next(coded_layouts(Layout((weight,)), codec, ("weight",)))
+
+
+def _matrix(codec: Codec, shape: tuple[int, ...]) -> Row:
+    return logical_row(codec, _matrix_layout(codec).rows[0])
+
+
+def _packing(codes: Row, plain: Row) -> int:
+    """How many elements a place of the last dim of a matrix's codes stands for."""
+    return codes.dims[-1].factors[0].divisor
