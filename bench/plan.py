@@ -4,7 +4,8 @@ usage: python bench/plan.py [--small] [--save]
 
 The checkpoint is made here: true headers, index and config over sparse files. One rank of 64 (expert parallel) is
 planned, then all 64, then 1,024 ranks (256 parts of the experts x 4 of `d`, all else in 1,024 parts along dim 0), whose
-volumes must add up to the checkpoint's. Each line runs in a process of its own; `import torch` is not part of it.
+volumes must add up to the checkpoint's. Each line runs in a process of its own and counts its CPU seconds, which other
+programs do not stretch, on a warm page cache; `import torch` is not part of it.
 Exits 1 if a bar is missed. `--save` writes bench/results/plan.md.
 """
 
@@ -93,11 +94,11 @@ def one(path: str) -> dict[str, float]:
     """Open and one rank's plan, and how far memory grew."""
     gc.collect()
     base = status("VmRSS")
-    start = time.perf_counter()
+    start = time.process_time()
     source = restow.open(path)
-    opened = time.perf_counter()
+    opened = time.process_time()
     made = rank_plan(source, 3)
-    done = time.perf_counter()
+    done = time.process_time()
     memory = status("VmHWM") - base
     return {"open": opened - start, "rank": done - opened, "memory": memory, "copies": len(made.copies)}
 
@@ -114,9 +115,9 @@ def every(path: str) -> dict[str, float]:
     source = restow.open(path)
     took, volume = [], 0
     for rank in range(RANKS):
-        start = time.perf_counter()
+        start = time.process_time()
         made = rank_plan(source, rank)
-        took.append(time.perf_counter() - start)
+        took.append(time.process_time() - start)
         volume += sum(made.parts[copy.source].end - made.parts[copy.source].begin for copy in made.copies)
     return {"all": sum(took), "median": statistics.median(took), "bytes": volume}
 
@@ -125,7 +126,7 @@ def simulated(path: str) -> dict[str, float]:
     """1,024 ranks in one process: their plans, and the elements that they write in all."""
     source = restow.open(path)
     wish = Wish()
-    start = time.perf_counter()
+    start = time.process_time()
     targets = default_targets(source, None, wish)
     prepared = prepare(source, targets, replace(wish, layout="grouped"))
     experts, parts = PARTS
@@ -136,7 +137,7 @@ def simulated(path: str) -> dict[str, float]:
         written += made.written
     whole = sum(t.end - t.begin for entry in source.tensors.values() for t in entry.pieces)
     assert written == whole, (written, whole)
-    return {"seconds": time.perf_counter() - start}
+    return {"seconds": time.process_time() - start}
 
 
 def _part(target: Target, grouped: bool, rank: int, experts: int, parts: int) -> Target:
@@ -181,14 +182,14 @@ def main(small: bool, save: bool) -> int:
             rows.append([f"open + one rank of 64, {layers // share} MoE layers", f"{count:,}", f"{found['open']:.2f}",
                          f"{found['rank']:.3f}", f"{found['memory'] / MIB:.0f}"])  # fmt: skip
         full = growth[1]
-        bars.append(("open + one rank's plan, seconds", full["open"] + full["rank"], "<", 3.0))
+        bars.append(("open + one rank's plan, CPU seconds", full["open"] + full["rank"], "<", 3.0))
         path = root / "1"
         found = runs("every", path, 1)
         rows.append(["64 ranks, one after another", f"{count:,}", "", f"{found['median']:.3f} each", ""])
-        bars.append(("one more rank's plan, seconds", found["median"], "<", 0.2))
+        bars.append(("one more rank's plan, CPU seconds", found["median"], "<", 0.1))
         found = runs("simulated", path, 1)
         rows.append(["1,024 ranks, volumes added up", f"{count:,}", "", f"{found['seconds']:.1f} in all", ""])
-        bars.append(("1,024 ranks' plans, seconds", found["seconds"], "<", 60.0))
+        bars.append(("1,024 ranks' plans, CPU seconds", found["seconds"], "<", 60.0))
         count = write(
             root / "k2", "kimi_k2", 60 if not small else layers, 1, 384 if not small else experts, 61
         )
@@ -200,7 +201,7 @@ def main(small: bool, save: bool) -> int:
         text = [
             f"# {machine()}; one core",
             "",
-            table(["", "tensors", "open s", "plan s", "peak MiB"], rows),
+            table(["", "tensors", "open, CPU s", "plan, CPU s", "peak MiB"], rows),
             "",
         ]
         bare = seconds_of([sys.executable, "-c", "pass"])

@@ -391,7 +391,7 @@ def test_a_terminal_gets_colour_and_the_same_text(monkeypatch: pytest.MonkeyPatc
 def test_verbs_are_those_of_the_design() -> None:
     names = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     assert {"inspect", "plan", "demo"} <= names
-    assert names <= {"inspect", "plan", "convert", "verify", "lora", "merge", "demo"}
+    assert names <= {"inspect", "plan", "convert", "verify", "lora", "merge", "demo", "families", "layouts"}
 
 
 def test_lines_that_come_late_are_closed_early() -> None:
@@ -478,3 +478,43 @@ def test_names_in_short(names: list[str], text: list[str]) -> None:
 def test_amounts() -> None:
     sizes = (0, 999, 1000, 61064245248, 999_600, 5 * 10**15)
     assert [amount(n) for n in sizes] == ["0 B", "999 B", "1 kB", "61.1 GB", "1 MB", "5e+03 TB"]
+
+
+def test_families_are_listed_and_shown() -> None:
+    code, out, _ = run("families")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].split("  ")[0] == "model type"
+    assert [line.split()[0] for line in lines[1:]] == sorted(restow.families)
+    code, out, _ = run("families", "--json")
+    assert [f["model_type"] for f in json.loads(out)["families"]] == sorted(restow.families)
+    code, out, _ = run("families", "zaya")
+    assert code == 0
+    assert out == (
+        "zaya\n"
+        "  sizes      e = num_experts|num_local_experts; f = moe_intermediate_size; d = hidden_size;"
+        " e@router = num_experts + 1; r = router_hidden_size; L = num_hidden_layers\n"
+        "  spelling   hf = fused, below mlp.experts\n"
+        "               in   gate_up_proj  e (p f) d\n"
+        "               out  down_proj     e d f\n"
+        "  router     router mlp.gate.router_mlp.out_proj.weight e r\n"
+        "  router     router.bias mlp.gate.balancing_biases e exact\n"
+        "  ignorable  *.rotary_emb.inv_freq\n"
+        "  required   model.embed_tokens.weight model.norm.weight ?lm_head.weight\n"
+    )
+
+
+def test_an_unknown_family_is_a_usage_error_with_near_names() -> None:
+    code, out, err = run("families", "qwen3_5_mo")
+    assert (code, out) == (2, "")
+    assert "qwen3_5_moe" in err
+
+
+def test_layouts_are_listed_as_a_family_means_them() -> None:
+    code, out, _ = run("layouts", "--json")
+    assert code == 0
+    assert json.loads(out)["layouts"]["grouped"] == ["in gate_and_up_projs e d (p f)", "out down_projs e f d"]
+    code, out, _ = run("layouts", "--family", "gpt_oss")
+    assert code == 0
+    assert "  in        gate_and_up_projs   e d (f p)" in out.splitlines()
+    assert run("layouts", "--family", "nope")[0] == 1

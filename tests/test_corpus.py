@@ -447,7 +447,7 @@ def test_the_oracle_can_fail(name: str, check: Callable[[Case, Path], None], tmp
     for i, other in enumerate(("G00_good", "T22_head_missing")):
         wrong = dataclasses.replace(case, build=CASES[other].build)
         (tmp_path / str(i)).mkdir()
-        with pytest.raises(BaseException) as caught:  # noqa: PT011  what pytest raises for a raise that is missing too
+        with pytest.raises(BaseException) as caught:
             check(wrong, tmp_path / str(i))
         assert type(caught.value).__name__ in ("AssertionError", "Failed")
 

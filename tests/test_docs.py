@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from restow.cli import app
 from restow.errors import RestowError
 from restow.layout import parse_size
+from restow.listing import families_page
 from restow.notation import parse_row
 from restow.terminal import failure_text
 from restow.torch import demo_model
@@ -177,7 +178,14 @@ def test_constraints_pin_what_is_installed() -> None:
     assert wrong == {}
 
 
+def test_the_page_of_families_is_the_catalogue() -> None:
+    assert (ROOT / "docs" / "families.md").read_text() == families_page(), (
+        "python tests/test_docs.py writes it"
+    )
+
+
 if __name__ == "__main__":
+    (ROOT / "docs" / "families.md").write_text(families_page())
     with workplace():
         pages = {page: true_page(page.read_text()) for page in PAGES}
     for page, text in pages.items():

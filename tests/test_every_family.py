@@ -176,7 +176,7 @@ def from_two(p: Mapping[str, torch.Tensor]) -> Tensors:
 
 IN_MAJOR = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter")
 MEMORY: dict[str, tuple[str, Formula]] = {  # what the module is called in memory, and its formula
-    **{name: (r"\bexperts$", from_in_major) for name in IN_MAJOR},
+    **dict.fromkeys(IN_MAJOR, (r"\bexperts$", from_in_major)),
     "nemotron_h": (r"\bexperts$", from_ungated),
     "nemotron_h-latent": (r"\bexperts$", from_ungated),
     "dbrx": (r"\bexperts\.mlp$", from_flat),
@@ -202,9 +202,9 @@ def grouped_of(family_id: str) -> dict[str, Tensors]:
     for path, module in tiny.build(family_id).named_modules():
         held = {name: p.detach() for name, p in module.named_parameters()}
         tied = family_id == "diffusion_gemma" and "encoder" in path
-        if re.search(pattern, path) and "vision" not in path and not tied:
-            if family_id in ("jetmoe",) or any("experts" in f"{path}.{name}" for name in held):
-                found[layer_of(path)] = {n: t.contiguous() for n, t in formula(held).items()}
+        experts = family_id == "jetmoe" or any("experts" in f"{path}.{name}" for name in held)
+        if re.search(pattern, path) and experts and not tied:
+            found[layer_of(path)] = {n: t.contiguous() for n, t in formula(held).items()}
     return found
 
 
@@ -244,7 +244,9 @@ def test_there_and_back(family_id: str, to: str, tmp_path: Path) -> None:
                 assert torch.equal(held[f"{path}.{name}"], tensor)
     restow.convert(tmp_path / "there", tmp_path / "back", to="source")
     assert differing(read(tmp_path / "back"), read(hub)) == []
-    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((hub / "config.json").read_text())
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads(
+        (hub / "config.json").read_text()
+    )
     assert restow.verify(tmp_path / "there", tiny.saved(family_id, False), experts_only=True).equal
     if to == "grouped":
         assert restow.verify(hub, tiny.saved(family_id, False), experts_only=True).equal
@@ -254,7 +256,19 @@ def test_there_and_back(family_id: str, to: str, tmp_path: Path) -> None:
         assert all(fnmatchcase(name, RESET.get(family_id, "")) for name in changed), changed
 
 
-RESAVED = ("deepseek_v4", "kimi_k25", "kimi_linear", "hy_v4")  # saved again, names are not the vendor's: aliases
+RESAVED = {  # where transformers writes names that are not the vendor's: what is written, what is the vendor's
+    "deepseek_v4": [(r"^model\.(layers|norm)\b", r"\1"), (r"^model\.embed_tokens", "embed"),
+                    (r"^model\.hc_head\.", ""), ("hc_(fn|base|scale)$", r"hc_head_\1")],
+    "kimi_k25": [(r"model\.blocks", "model.layers"), (r"encoder\.patch_embed", "patch_embed")],
+    "kimi_linear": [(r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj")],
+    "hy_v4": [(r"(mlp|shared_experts)\.linear_gate", r"\1.gate_proj")],
+}  # fmt: skip
+
+
+def vendor(hub: str, family_id: str) -> str:
+    for written, name in RESAVED.get(family_id, ()):
+        hub = re.sub(written, name, hub)
+    return hub
 
 
 @EACH
@@ -270,6 +284,6 @@ def test_names_lead_both_ways(family_id: str) -> None:
         hub = by_bytes.get((tuple(tensor.shape), tensor.contiguous().numpy().tobytes()))
         if hub is None or is_expert(name, family_id) or name in tied or tensor.dtype is torch.int64:
             continue
-        if family.canonical(hub) != name or (family_id not in RESAVED and family.on_hub(name) != hub):
+        if family.canonical(hub) != name or family.on_hub(name) != vendor(hub, family_id):
             wrong.append((name, hub, family.canonical(hub), family.on_hub(name)))
     assert wrong == []

@@ -28,7 +28,9 @@ W = {"w1": (F, D), "w3": (F, D), "w2": (D, F)}
 
 
 def entries(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
-    return {n: Entry("BF16", s, (Piece(tuple((0, k) for k in s), "memory", 0, 0),)) for n, s in shapes.items()}
+    return {
+        n: Entry("BF16", s, (Piece(tuple((0, k) for k in s), "memory", 0, 0),)) for n, s in shapes.items()
+    }
 
 
 def opened(shapes: Shapes, config: dict[str, Any]) -> Checkpoint:
@@ -170,13 +172,15 @@ def test_privacy_filter_is_not_gpt_oss() -> None:
     """The same names and shapes, another order of gate and up: the family says so, nothing else can."""
     config, shapes, path, _, _ = CASES["privacy filter"]
     own = opened(shapes, config).modules[path].layout
-    other = opened(
-        {**shapes, "lm_head.weight": (V, D)}, {**config, "model_type": "gpt_oss"}
-    ).modules[path].layout
+    other = (
+        opened({**shapes, "lm_head.weight": (V, D)}, {**config, "model_type": "gpt_oss"}).modules[path].layout
+    )
     assert str(own.row("in")) == "in gate_up_proj e d (p f)"
     assert str(other.row("in")) == "in gate_up_proj e d (f p)"
     assert str(own.row("in.bias")) == "in.bias gate_up_proj_bias e (p f)"
-    assert str(FAMILIES["openai_privacy_filter"].form("grouped").row("in")) == "in gate_and_up_projs e d (p f)"
+    assert (
+        str(FAMILIES["openai_privacy_filter"].form("grouped").row("in")) == "in gate_and_up_projs e d (p f)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,7 +257,9 @@ def test_an_alias_is_read_and_never_written() -> None:
     for spelled in ("layers", "blocks"):
         name = f"language_model.model.{spelled}.3.mlp.gate.weight"
         assert family.canonical(name) == "model.language_model.layers.3.mlp.gate.weight"
-    assert family.on_hub("model.language_model.layers.3.mlp.gate.weight").endswith("model.layers.3.mlp.gate.weight")
+    assert family.on_hub("model.language_model.layers.3.mlp.gate.weight").endswith(
+        "model.layers.3.mlp.gate.weight"
+    )
 
 
 def test_every_rename_leads_back() -> None:
@@ -262,7 +268,9 @@ def test_every_rename_leads_back() -> None:
         for hub, _ in family.renames:
             name = re.sub(r"\{l(\+1)?\}", "7", hub.lstrip("^")) + ".weight"
             try:
-                assert family.canonical(family.on_hub(family.canonical(name))) == family.canonical(name), model_type
+                assert family.canonical(family.on_hub(family.canonical(name))) == family.canonical(name), (
+                    model_type
+                )
             except UsageError as error:
                 raise AssertionError(f"{model_type}: {hub}") from error
 

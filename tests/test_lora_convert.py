@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -311,25 +310,39 @@ def test_load_refuses_holes_ranks_and_strangers(tmp_path: Path) -> None:
         restow.lora.load(source, {**state, name: torch.zeros(12, 24, 4)}, base=base)
 
 
-def test_save_and_load_dtensors(tmp_path: Path) -> None:
-    """One process, a mesh of one: the sharded code paths; test_ranks runs them on several."""
+def _rank(rank: int, of: int, folder: str) -> None:
+    """One rank: its part of an adapter, against the whole; then all of them save, twice, the second time in vain."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29731")
-    source, state = grouped_parameters(tmp_path, "qwen3_moe")
-    dist.init_process_group("gloo", rank=0, world_size=1)
+    root = Path(folder)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=of)
     try:
-        mesh = init_device_mesh("cpu", (1,))
-        into = {n: distribute_tensor(torch.zeros_like(t), mesh, [Shard(0)]) for n, t in state.items()}
-        config = restow.lora.load(source, into, base=adapters.base("qwen3_moe"))
-        assert all(torch.equal(into[n].full_tensor(), state[n]) for n in state)
-        restow.lora.save(into, tmp_path / "out", to="peft", config=config, base=adapters.base("qwen3_moe"))
+        mesh = init_device_mesh("cpu", (of,))
+        whole = {n.removeprefix("base_model.model."): t for n, t in adapters.tensors(root / "g").items()}
+        for dim in (0, 2):
+            cuts = {n: Shard(dim if "experts" in n else 0) for n in whole}
+            into = {n: distribute_tensor(torch.zeros_like(t), mesh, [cuts[n]]) for n, t in whole.items()}
+            config = restow.lora.load(root / "a", into, base=root / "base")
+            assert all(torch.equal(into[n].full_tensor(), whole[n]) for n in whole)
+        restow.lora.save(into, root / "out", to="peft", config=config, base=root / "base")
+        dist.barrier()
+        assert sorted(adapters.tensors(root / "out")) == sorted(adapters.tensors(root / "a"))
+        with pytest.raises(restow.errors.DestinationExistsError):
+            restow.lora.save(into, root / "out", to="peft", config=config, base=root / "base")
     finally:
         dist.destroy_process_group()
+
+
+def test_ranks_load_their_part_and_save_together(tmp_path: Path) -> None:
+    import torch.multiprocessing as mp
+
+    source, _ = grouped_parameters(tmp_path, "qwen3_moe")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_bytes((adapters.base("qwen3_moe") / "config.json").read_bytes())
+    mp.spawn(_rank, (3, str(tmp_path)), nprocs=3)
     out, want = adapters.tensors(tmp_path / "out"), adapters.tensors(source)
-    assert sorted(out) == sorted(want)
     assert all(torch.equal(out[n], want[n]) for n in want)
 
 

@@ -187,6 +187,26 @@ def test_equals_compressed_tensors(tmp_path: Path) -> None:
     assert torch.equal(into[f"{name}.weight"], theirs.float())
 
 
+@pytest.mark.parametrize("kind", ["nvfp4_packed", "mxfp4_packed", "fp8_channel"])
+def test_formulas_are_those_of_compressed_tensors(kind: str) -> None:
+    """The values above, which the tests compare with, are what its own code computes in float32."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    stored, values = FORMATS[kind].store(3, 64, 128)
+    about = next(iter(FORMATS[kind].about["config_groups"].values()))["weights"]
+    if kind == "fp8_channel":
+        numbers = stored[".weight"].float()
+    else:
+        numbers = unpack_fp4_from_uint8(stored[".weight_packed"], 64, 128, dtype=torch.float32)
+    grid = power(stored[".weight_scale"]) if kind == "mxfp4_packed" else stored[".weight_scale"].float()
+    second = stored.get(".weight_global_scale")
+    theirs = dequantize(numbers, grid, global_scale=second, args=QuantizationArgs(**about))
+    assert torch.equal(theirs.float(), values)
+
+
 def test_per_expert_scales_of_stacked_weights(tmp_path: Path) -> None:
     state, values = rest(E, D), State()
     for name, shape in {"gate_up_proj": (E, 2 * F, D), "down_proj": (E, D, F)}.items():

@@ -44,8 +44,14 @@ class More:
 
 MLA = {"num_key_value_heads": 4}
 MLP_TYPES = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
-INKLING = {"swa_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "rel_extent": 8, "d_rel": 4,
-           "unpadded_vocab_size": 50}
+INKLING = {
+    "swa_head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "rel_extent": 8,
+    "d_rel": 4,
+    "unpadded_vocab_size": 50,
+}
 DOTS_SLIDING = {f"swa_{key}": n for key, n in {
     "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12, "q_lora_rank": 14, "kv_lora_rank": 10,
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}.items()}  # fmt: skip
@@ -66,7 +72,8 @@ FAMILIES: dict[str, More] = {
     "lfm2_moe": More("Lfm2MoeForCausalLM", "Lfm2MoeConfig", {
         "layer_types": ["conv", "full_attention", "conv"]}),
     "deepseek_v4": More("DeepseekV4ForCausalLM", "DeepseekV4Config", {
-        "o_lora_rank": 10, "o_groups": 2, "mlp_layer_types": ["hash_moe", "moe", "moe"]}),
+        "o_lora_rank": 10, "o_groups": 2, "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "layer_types": [f"{kind}_attention" for kind in ("heavily_compressed", "compressed_sparse", "sliding")],}),
     "mistral_large4": More("MistralLarge4ForConditionalGeneration", "MistralLarge4Config", {
         "text_config": MLA}),
     "deepseek_v32": More("DeepseekV32ForCausalLM", "DeepseekV32Config", MLA),
@@ -155,4 +162,7 @@ def small(config: Any, special: Mapping[str, Any], pool: Mapping[str, Any] = SMA
         if part is not None:
             pool = SMALL if key == "text_config" else TOWER
             template[key] = {**small(type(part), special.get(key, {}), pool), "model_type": part.model_type}
-    return {**template, **{key: value for key, value in special.items() if key not in (config.sub_configs or ())}}
+    return {
+        **template,
+        **{key: value for key, value in special.items() if key not in (config.sub_configs or ())},
+    }

@@ -116,6 +116,9 @@ def convert(
         Path | None, typer.Option(metavar="FILE", help="Expert numbers to keep, in this order (JSON).")
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="bf16, f16 or f32 for weights.")] = None,
+    keep_quantized: Annotated[
+        bool, typer.Option("--keep-quantized", help="Carry codes and scales as they are.")
+    ] = False,
     max_shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of data in one file.")] = 5 * 2**30,
     sha256: Annotated[bool, typer.Option("--sha256", help="Record the SHA-256 of every file.")] = False,
     layout: LayoutOption = None,
@@ -141,7 +144,7 @@ def convert(
     from restow.torch.convert import convert as do
 
     report = do(
-        opened, target, to=wanted, experts=experts_option(keep_experts), dtype=dtype_option(dtype),
+        opened, target, to=wanted, experts=experts_option(keep_experts), dtype=dtype_option(dtype), keep_quantized=keep_quantized,
         max_shard_bytes=max_shard_bytes, threads=threads, replace=replace, sha256=sha256, strict=strict,
         progress=not json_ and sys.stderr.isatty(),
     )  # fmt: skip
@@ -258,6 +261,33 @@ def merge(
             replace=replace,
         )
     )
+
+
+@verb
+def families(
+    model_type: Annotated[
+        str | None, typer.Argument(metavar="[MODEL_TYPE]", help="One of them, in full.")
+    ] = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """List the model families that restow knows, or show one with all its rows."""
+    from restow.listing import families_answer
+
+    return families_answer(model_type)
+
+
+@verb
+def layouts(
+    family: FamilyOption = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """List the named layouts and their rows, or what each name means in a family."""
+    from restow.listing import layouts_answer
+    from restow.opening import family_of
+
+    return layouts_answer(family_of(family))
 
 
 @verb

@@ -8,8 +8,8 @@ tables that contradict themselves. The lines of a table:
               a list; L: layers
     order     labels of p in order, then the order of p and f: `gate|up p f`, `up p f`, `gate|up f p`
     module    containers of the experts module: the vendor's, then transformers' runtime, then others
-    rename    run of segments on the hub, the same in transformers' runtime (`^run`: only where a name begins; `{l}`
-              a number, `{l+1}` one more)
+    rename    run of segments on the hub, the same in transformers' runtime (`^run`: only where a name begins, `run$`
+              where it ends; `{l}` a number, `{l+1}` one more)
     alias     run of segments met on disk, the same on the hub: read, and never written
     spelling  names [@ container], then one row a line; the first is the vendor's, and is called hf
     router    rows of tensors outside the experts that have an `e` axis, their names below the layer, as on the hub;
@@ -36,8 +36,7 @@ from restow.naming import fits
 from restow.notation import Dim, Factor, Labels, Number, Part, Row
 from restow.segments import replace_run
 
-WORDS = ("family", "size", "order", "module", "rename", "alias", "beside", "optional", "ignore", "foreign", "require",
-         "tie")
+WORDS = frozenset("family size order module rename alias beside optional ignore foreign require tie".split())
 CONFIG_LIMIT = 2**31
 COUNT_LIMIT = 2**16  # of experts, of layers: what names are counted out for
 
@@ -120,7 +119,8 @@ class Family:
         found = name
         for hub, runtime in reversed(self.renames):
             anchor = "^" if hub.startswith("^") else ""
-            found = replace_run(found, anchor + runtime.lstrip("^"), hub.lstrip("^"))
+            end = "$" if hub.endswith("$") else ""
+            found = replace_run(found, anchor + runtime.lstrip("^") + end, hub.lstrip("^").rstrip("$"))
         if self.canonical(found) != self.canonical(name):
             raise UsageError(f"a hub name for {show(name)} in the family's table", f"{show(found)}")
         return found

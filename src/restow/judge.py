@@ -8,7 +8,7 @@ model, and rejects nothing: every finding is a `Problem`, and one cause makes on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from restow.checkpoint import Checkpoint
 from restow.codec import SUFFIX, announced
@@ -76,7 +76,7 @@ def _shapes(found: Checkpoint, family: Family, layers: LayerFindings) -> Iterato
         matrix = "norm" not in name.rpartition(".")[0].rpartition(".")[2]
         if matrix and plain and (len(shape) != 2 or shape[1] != width):
             wrong.append((held, f"[vocabulary, {width}]"))
-        elif not matrix and (len(shape) != 1 or shape[0] == 0 or shape[0] % width):  # some norm several streams at once
+        elif not matrix and shape not in _norms(width):
             wrong.append((held, f"[{width}]"))
     if wrong:
         name, expected = wrong[0]
@@ -89,6 +89,11 @@ def _shapes(found: Checkpoint, family: Family, layers: LayerFindings) -> Iterato
             hint="check config.json against the files",
         )
         yield Problem(error, True)
+
+
+def _norms(width: int) -> Collection[tuple[int, ...]]:
+    """The shapes of a final norm: some models norm several streams at once."""
+    return [(n * width,) for n in range(1, 17)]
 
 
 def _dtypes(found: Checkpoint, dtypes: Mapping[str, str]) -> Iterator[Problem]:

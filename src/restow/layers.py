@@ -189,7 +189,9 @@ def _unlike(found: Checkpoint, family: Family, stack: Stack, routers: _Routers) 
                 empty.append(number)
         elif group[names] == 1 and fuller:
             best = max(fuller, key=lambda other: (group[other], len(other)))
-            less = sorted(rest for rest in best - names - router if not optional(f"{stack.layer(number)}.{rest}"))
+            less = sorted(
+                rest for rest in best - names - router if not optional(f"{stack.layer(number)}.{rest}")
+            )
             lost += [f"{stack.layer(number)}.{rest}" for rest in less]
             if less and not like:
                 like = next(stack.layer(n) for n, other in beside.items() if other == best)

@@ -40,7 +40,9 @@ class _Leaf(NamedTuple):
 @dataclass(slots=True)
 class _Node:
     words: dict[str, _Node] = field(default_factory=dict)
-    numbers: dict[tuple[str, str, int, int], _Node] = field(default_factory=dict)  # prefix, suffix, from, below
+    numbers: dict[tuple[str, str, int, int], _Node] = field(
+        default_factory=dict
+    )  # prefix, suffix, from, below
     leaves: list[_Leaf] = field(default_factory=list)
 
 
@@ -57,7 +59,12 @@ class Matcher:
         """
         self._root = _Node()
         known = list(candidates)
-        banks = {tag: part.plus for tag, _, row in known for part in row.name if isinstance(part, Number) and part.plus}
+        banks = {
+            tag: part.plus
+            for tag, _, row in known
+            for part in row.name
+            if isinstance(part, Number) and part.plus
+        }
         for tag, container, row in known:
             plus = banks.get(tag)
             if plus is None or plus in sizes:

@@ -88,6 +88,15 @@ def _judge(place: Place) -> None:
         raise DestinationExistsError("nothing there", found, path=place.old, sections=lines, hint=hint)
 
 
+def remove(path: Path) -> None:
+    """Remove one thing of a staging folder."""
+    if path.is_dir() and not path.is_symlink():
+        _remove(path)
+        return
+    with writing.failures("remove", path):
+        writing.unlink(path)
+
+
 def _remove(folder: Path) -> int:
     # The manifest last: as long as a file is there, it says whose it is.
     count = 0

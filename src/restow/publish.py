@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from restow import destination, locking, manifest, placing, writing
+from restow import destination, journal, locking, manifest, placing, writing
 from restow.destination import StrPath
 from restow.errors import (
     BusyError,
@@ -26,6 +26,7 @@ from restow.errors import (
     UsageError,
     show,
 )
+from restow.journal import Journal
 from restow.staged import StagedFile
 
 if TYPE_CHECKING:
@@ -36,12 +37,20 @@ class Staging:
     """A checkpoint in the making: `with Staging(path, size=..., count=...) as staging: ... staging.finish()`.
 
     `size` and `count` are the bytes and files that will be written, manifest not counted; `sources` are the
-    paths that are read and must lie apart from the destination. `notes` holds what the user should be told, a
+    paths that are read and must lie apart from the destination. `work` names what is done: where an earlier run of the
+    same was killed, its finished files are in `left`, for `keep` or `drop`, and the others are gone. `notes` holds what the user should be told, a
     line each.
     """
 
     def __init__(
-        self, path: StrPath, *, size: int, count: int, sources: Iterable[StrPath] = (), replace: bool = False
+        self,
+        path: StrPath,
+        *,
+        size: int,
+        count: int,
+        sources: Iterable[StrPath] = (),
+        replace: bool = False,
+        work: str = "",
     ) -> None:
         self.place = destination.locate(path)
         self.notes: tuple[str, ...] = ()
@@ -50,6 +59,9 @@ class Staging:
         self._replace = replace
         self._pid = os.getpid()
         self._lock: locking.Lock | None = None
+        self.left: Mapping[str, Mapping[str, object]] = {}
+        self._work = work
+        self._journal: Journal | None = None
         self._files: dict[str, StagedFile] = {}
         self._folders: dict[str, Path] = {}
         self._known: set[str] = set()
@@ -66,7 +78,7 @@ class Staging:
         try:
             self._take_over(held=self._lock.held)
             destination.check_vacant(place, replace=self._replace)
-            destination.check_room(place, *self._room)
+            destination.check_room(place, self._room[0] - self._kept_bytes(), self._room[1] - len(self.left))
             self._begin()
         except BaseException as error:
             self._leave(error)
@@ -81,6 +93,22 @@ class Staging:
             raise UsageError("new file names that differ in more than case", found, path=self.place.path)
         self._known.add(folded)
         self._make(name, size)
+
+    def keep(self, name: str, size: int) -> None:
+        """Take over a file of `left`, as it is."""
+        self._known.add(unicodedata.normalize("NFC", name).casefold())
+        self._files[name] = StagedFile.kept(self.place.staging / name, size)
+
+    def drop(self, name: str) -> None:
+        """Remove a file of `left`, to make it anew."""
+        with writing.failures("remove", self.place.staging / name):
+            writing.unlink(self.place.staging / name)
+
+    def finished(self, name: str, note: Mapping[str, object]) -> None:
+        """Seal a file and note by what a later run can recognise it, should this one be killed."""
+        self.seal(name)
+        if self._journal is not None:
+            self._journal.finished(name, note)
 
     def write(self, name: str, offset: int, buffer: ReadableBuffer) -> int:
         """Write a contiguous buffer into a file and return the count; any thread may, for any file."""
@@ -123,6 +151,8 @@ class Staging:
         self._make(manifest.MANIFEST, len(text))
         self.write(manifest.MANIFEST, 0, text)
         self.seal(manifest.MANIFEST)
+        if self._journal is not None:
+            self._journal.remove()
         for folder in (*reversed(self._folders.values()), self.place.staging):
             with writing.failures("sync", folder):
                 writing.sync_folder(folder)
@@ -166,23 +196,46 @@ class Staging:
         if left and not held:
             hint = "this file system has no locks: if no process writes there, remove that folder yourself"
             raise BusyError("no other writer", f"{show(left[0].name)}", path=left[0], hint=hint)
-        self.notes += placing.settle(self.place)
+        if self._work and held and not os.path.lexists(self.place.old):
+            self.left = journal.read(self.place.staging, self._work) if self._is_ours() else {}
+        if not self.left:
+            self.notes += placing.settle(self.place)
+            return
+        with writing.failures("look into", self.place.staging):
+            there = sorted(self.place.staging.iterdir())
+        names = {path.name for path in there if path.is_file() and not path.is_symlink()}
+        self.left = {name: note for name, note in self.left.items() if name in names}
+        for path in there:
+            if path.name not in self.left and path.name != journal.JOURNAL:
+                placing.remove(path)
+        self.notes += (f"continued a run that was killed: {len(self.left)} of its files were finished",)
+
+    def _is_ours(self) -> bool:
+        return self.place.staging.is_dir() and not self.place.staging.is_symlink()
+
+    def _kept_bytes(self) -> int:
+        return sum((self.place.staging / name).stat().st_size for name in self.left)
 
     def _begin(self) -> None:
         try:
             with writing.failures("make", self.place.staging):
                 self._begun = True  # before the call: an interrupt may come between it and the next line
-                writing.mkdir(self.place.staging)
+                if not self.left:
+                    writing.mkdir(self.place.staging)
         except DestinationExistsError as error:
             self._begun = False
             found = f"{show(self.place.staging.name)}, made just now"
             raise BusyError("no other writer", found, path=self.place.staging) from error
+        if self._work:
+            self._journal = Journal(self.place.staging, self._work, self.left)
 
     def _leave(self, error: BaseException | None) -> None:
         failed: list[RestowError] = []
         try:
             for file in self._files.values():
                 _try(file.discard, failed)
+            if self._journal is not None:
+                _try(self._journal.close, failed)
             # While a power cut may undo the rename, the replaced one stays: the next run removes it.
             if self._begun and not isinstance(error, DurabilityUncertainError):
                 _try(lambda: placing.settle(self.place), failed)

@@ -1,8 +1,8 @@
 """Runs of whole dotted segments in names, replaced: what renames and a family's hub and runtime paths are made of.
 
-`^run` counts only where a name begins. `{l}` in a run stands for a number and `{l+1}` for one more than it, so that a
-rename can move a layer's number (`attn_queries.{l}`, `layers.{l+1}.query`) and the way back follows. Nothing is a
-regular expression, and nothing is rejected: a name without the run stays as it is.
+`^run` counts only where a name begins, `run$` only where it ends. `{l}` in a run stands for a number and `{l+1}`
+for one more than it, so that a rename can move a layer's number (`attn_queries.{l}`, `layers.{l+1}.query`) and the
+way back follows. Nothing is a regular expression, and nothing is rejected: a name without the run stays as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ def replace_run(name: str, old: str, new: str) -> str:
     """`name` with its first run of whole dotted segments `old` replaced by `new`; `^old` only at the beginning."""
     anchored = old.startswith("^")
     run = old.lstrip("^")
+    if run.endswith("$"):
+        run = run.rstrip("$")
+        if not f".{name}".endswith(f".{run}") or (anchored and name != run):
+            return name
+        return (name[: len(name) - len(run)] + new).strip(".")
     if "{" in run:
         return _numbered(name.split("."), run.split("."), new.split("."), anchored)
     padded, needle = f".{name}.", f".{run}."

@@ -62,6 +62,7 @@ class Share:
             self.counts[name] = self.counts.get(name, 0) + len(data)
         with writing.failures("write", path, len(data)):
             writing.pwrite_all(fd, data, offset)
+        writing.begin_sync(fd, offset, len(data))
         return len(data)
 
     def sync(self, between: Callable[[], object] = lambda: None) -> None:

@@ -36,6 +36,14 @@ class StagedFile:
             self.discard()
             raise
 
+    @classmethod
+    def kept(cls, path: Path, size: int) -> StagedFile:
+        """A file that an earlier run has finished."""
+        file = cls.__new__(cls)
+        file.path, file.size, file._booked, file._busy, file._fd = path, size, size, 0, -1
+        file._turn = Condition()
+        return file
+
     def write(self, offset: int, buffer: ReadableBuffer) -> int:
         """Write the bytes of a contiguous buffer at `offset`; the count is booked and returned."""
         whole = memoryview(buffer)
@@ -51,6 +59,7 @@ class StagedFile:
         try:
             with writing.failures("write", self.path, len(data)):
                 writing.pwrite_all(self._fd, data, offset)
+            writing.begin_sync(self._fd, offset, len(data))
             booked = len(data)
         finally:
             with self._turn:

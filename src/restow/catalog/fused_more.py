@@ -29,7 +29,7 @@ TABLES = (
     size      L = num_hidden_layers
     order     gate|up p f
     module    mlp.experts
-    rename    ^model.language_model model
+    alias     ^model.language_model model
     spelling  hf fused
               in    gate_up_proj   e (p f) d
               out   down_proj      e d f

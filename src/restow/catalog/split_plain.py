@@ -109,17 +109,17 @@ TABLES = (
     rename    ^model.qwen2_model.model.model model.vision_tower.vision_encoder
     rename    ^model.qwen2_model.query_768 model.vision_tower.query_768_resolution
     rename    ^model.qwen2_model.query_1024 model.vision_tower.query_1024_resolution
-    rename    ^model.sam_model.blocks.{l}.norm1 model.vision_tower.sam_encoder.layers.{l}.layer_norm1
-    rename    ^model.sam_model.blocks.{l}.norm2 model.vision_tower.sam_encoder.layers.{l}.layer_norm2
-    rename    ^model.sam_model.blocks model.vision_tower.sam_encoder.layers
-    rename    ^model.sam_model.neck.0 model.vision_tower.sam_encoder.neck.conv1
-    rename    ^model.sam_model.neck.1 model.vision_tower.sam_encoder.neck.layer_norm1
-    rename    ^model.sam_model.neck.2 model.vision_tower.sam_encoder.neck.conv2
-    rename    ^model.sam_model.neck.3 model.vision_tower.sam_encoder.neck.layer_norm2
-    rename    ^model.sam_model.net_2 model.vision_tower.sam_encoder.proj.conv1
-    rename    ^model.sam_model.net_3 model.vision_tower.sam_encoder.proj.conv2
-    rename    ^model.sam_model.patch_embed.proj model.vision_tower.sam_encoder.patch_embed.projection
-    rename    ^model.sam_model.pos_embed model.vision_tower.sam_encoder.pos_embed
+    rename    ^model.sam_model model.vision_tower.sam_encoder
+    rename    sam_encoder.blocks sam_encoder.layers
+    rename    sam_encoder.layers.{l}.norm1 sam_encoder.layers.{l}.layer_norm1
+    rename    sam_encoder.layers.{l}.norm2 sam_encoder.layers.{l}.layer_norm2
+    rename    sam_encoder.neck.0 sam_encoder.neck.conv1
+    rename    sam_encoder.neck.1 sam_encoder.neck.layer_norm1
+    rename    sam_encoder.neck.2 sam_encoder.neck.conv2
+    rename    sam_encoder.neck.3 sam_encoder.neck.layer_norm2
+    rename    sam_encoder.net_2 sam_encoder.proj.conv1
+    rename    sam_encoder.net_3 sam_encoder.proj.conv2
+    rename    sam_encoder.patch_embed.proj sam_encoder.patch_embed.projection
     spelling  hf split
               in    {e}.{p:gate|up}_proj.weight   f d
               out   {e}.down_proj.weight          d f
@@ -141,19 +141,19 @@ TABLES = (
     rename    ^model.norm model.language_model.norm
     rename    ^model.projector.layers model.multi_modal_projector
     rename    ^model.view_seperator model.view_separator
-    rename    ^model.sam_model.blocks.{l}.norm1 model.vision_tower.sam_encoder.layers.{l}.layer_norm1
-    rename    ^model.sam_model.blocks.{l}.norm2 model.vision_tower.sam_encoder.layers.{l}.layer_norm2
-    rename    ^model.sam_model.blocks model.vision_tower.sam_encoder.layers
-    rename    ^model.sam_model.neck.0 model.vision_tower.sam_encoder.neck.conv1
-    rename    ^model.sam_model.neck.1 model.vision_tower.sam_encoder.neck.layer_norm1
-    rename    ^model.sam_model.neck.2 model.vision_tower.sam_encoder.neck.conv2
-    rename    ^model.sam_model.neck.3 model.vision_tower.sam_encoder.neck.layer_norm2
-    rename    ^model.sam_model.net_2 model.vision_tower.sam_encoder.proj.conv1
-    rename    ^model.sam_model.net_3 model.vision_tower.sam_encoder.proj.conv2
-    rename    ^model.sam_model.patch_embed.proj model.vision_tower.sam_encoder.patch_embed.projection
-    rename    ^model.sam_model.pos_embed model.vision_tower.sam_encoder.pos_embed
-    rename    ^model.vision_model.transformer model.vision_tower.vision_encoder.encoder
+    rename    ^model.sam_model model.vision_tower.sam_encoder
+    rename    sam_encoder.blocks sam_encoder.layers
+    rename    sam_encoder.layers.{l}.norm1 sam_encoder.layers.{l}.layer_norm1
+    rename    sam_encoder.layers.{l}.norm2 sam_encoder.layers.{l}.layer_norm2
+    rename    sam_encoder.neck.0 sam_encoder.neck.conv1
+    rename    sam_encoder.neck.1 sam_encoder.neck.layer_norm1
+    rename    sam_encoder.neck.2 sam_encoder.neck.conv2
+    rename    sam_encoder.neck.3 sam_encoder.neck.layer_norm2
+    rename    sam_encoder.net_2 sam_encoder.proj.conv1
+    rename    sam_encoder.net_3 sam_encoder.proj.conv2
+    rename    sam_encoder.patch_embed.proj sam_encoder.patch_embed.projection
     rename    ^model.vision_model model.vision_tower.vision_encoder
+    rename    vision_encoder.transformer vision_encoder.encoder
     spelling  hf split
               in    {e}.{p:gate|up}_proj.weight   f d
               out   {e}.down_proj.weight          d f

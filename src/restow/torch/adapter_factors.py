@@ -92,12 +92,6 @@ def read_block(pair: Pair, get: Get) -> Block:
 
 def _canonical(pair: Pair, factor: Factor, row: Row, get: Get) -> torch.Tensor:
     tensors = [None if name is None else get(name) for name in factor.names]
-    for name, tensor in zip(factor.names, tensors, strict=True):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(
-                "finite values", f"NaN or infinity in {show(name)}", tensor=name,
-                hint="this adapter's training went wrong, or its file is damaged",
-            )  # fmt: skip
     dtype = _common(tensors)
     tensors = [None if t is None else t.to(dtype) for t in tensors]
     count = pair.sizes["e"]
@@ -111,11 +105,22 @@ def _canonical(pair: Pair, factor: Factor, row: Row, get: Get) -> torch.Tensor:
     out = torch.empty(shape_of(row, sizes), dtype=dtype)
     source = {**factor.sizes, "e": count} if "e" in factor.row.name_axes else factor.sizes
     relay(factor.row, source, tensors, row, sizes, [out], take=take)
+    if not bool(torch.isfinite(out.sum(dtype=torch.float64 if dtype == torch.float64 else torch.float32))):
+        _check_finite(factor.names, tensors)  # one pass over all, and a second only where a sum can have run over
     if sizes["e"] == count:
         return out
     full = torch.zeros((count, *out.shape[1:]), dtype=dtype)
     full[list(pair.experts)] = out
     return full
+
+
+def _check_finite(names: Sequence[str | None], tensors: Sequence[torch.Tensor | None]) -> None:
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                "finite values", f"NaN or infinity in {show(name)}", tensor=name,
+                hint="this adapter's training went wrong, or its file is damaged",
+            )  # fmt: skip
 
 
 def _common(tensors: Sequence[torch.Tensor | None]) -> torch.dtype:

@@ -11,10 +11,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +41,7 @@ from restow.torch.chunks import CHUNK, Filled, Slice, raw, slices, stream
 from restow.torch.digesting import Digests
 from restow.torch.dtypes import dtype_name, narrows, wider
 from restow.torch.read import Progress
+from restow.torch.resume import note_of, recognised, work_of
 from restow.torch.values import judge_scales
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -122,9 +122,9 @@ def convert(
     order, with their router rows, and mends the config. `dtype` casts floating tensors, but for rows that must stay
     exact. Quantised weights are decoded, to the config's dtype without `dtype`; `keep_quantized` takes codes and scales
     along as they are, where `to` has a place for them. All other tensors, the config and tokenizer files come along
-    unchanged. At most 1 GiB of memory, whatever the size. The manifest records a digest per tensor and per leaf, with `sha256` one per file; odd values (NaN, experts
-    of zeros) are warnings. Raises the source's fatal problems, `UsageError` for an unknown `to`, and `DestinationError`s; then
-    nothing is written.
+    unchanged. At most 1 GiB of memory, whatever the size. The manifest records a digest per tensor and per leaf, with
+    `sha256` one per file; odd values (NaN, experts of zeros) are warnings. Raises the source's fatal problems,
+    `UsageError` for an unknown `to`, and `DestinationError`s; then nothing is written.
     """
     started = time.perf_counter()
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -140,7 +140,10 @@ def convert(
     )
     count = len(job.files) + len(job.side) + (job.index is not None) + 1
     assert opened.path is not None
-    with Staging(target, size=size, count=count, sources=[opened.path], replace=replace) as staging:
+    work = work_of(opened, job.prepared, job.files, job.layout, experts, max_shard_bytes, keep_quantized)
+    with Staging(
+        target, size=size, count=count, sources=[opened.path], replace=replace, work=work
+    ) as staging:
         done = _write(job, opened, staging, threads, sha256, progress)
         odd = (*scales, *done.problems)
         if refused := [p.error for p in done.problems if p.fatal or strict]:
@@ -390,39 +393,55 @@ def _write(
     """Fill and write every file, and digest it on the way."""
     left = {file.name: file.size for file in job.files}
     sealed: list[Future[None]] = []
-    lock = threading.Lock()
+    by_name = {file.name: file for file in job.files}
     total = sum(tensor.end - tensor.begin for file in job.files for tensor in file.tensors)
     digests = Digests(job.prepared, job.files, sha256=sha256)
+    kept = _kept(job, staging, digests)
     with ThreadPoolExecutor(1) as syncing:  # a disk that is slow to sync must not stop the reading
 
         def account(file: str, written: int) -> None:
-            with lock:
-                left[file] -= written
-                done = left[file] == 0
-            if done:
-                sealed.append(syncing.submit(staging.seal, file))
+            left[file] -= written
+            if left[file] == 0:
+                sealed.append(syncing.submit(staging.finished, file, note_of(by_name[file], digests)))
 
         def hand_on(filled: Sequence[Filled]) -> None:
+            written = []
             with digests.beside(filled):
                 for one in filled:
                     file, begin = digests.places[one.slice.target.name]
-                    account(file, staging.write(file, begin + one.slice.offset, raw(one.tensor)))
+                    written.append((file, staging.write(file, begin + one.slice.offset, raw(one.tensor))))
+            for file, count in written:  # only now are the digests there that a finished file is noted with
+                account(file, count)
 
-        for file in job.files:
+        for file in (file for file in job.files if file.name not in kept):
             staging.create(file.name, file.size)
             account(file.name, staging.write(file.name, 0, file.head))
         shown = _progress(progress, total)
-        read = stream(job.prepared, _slices(job), hand_on, threads=threads, progress=shown, chunk=CHUNK)
+        parts = _slices(job, kept)
+        read = stream(job.prepared, parts, hand_on, threads=threads, progress=shown, chunk=CHUNK)
         for future in sealed:
             future.result()
     problems = digests.problems()
     return _Written(read, digests.tensors, digests.leaves.found, digests.sums(), problems)
 
 
-def _slices(job: _Job) -> Iterator[Slice]:
+def _kept(job: _Job, staging: Staging, digests: Digests) -> set[str]:
+    """The files that a killed run has finished and that are what this one would write; the others are removed."""
+    kept = set()
+    for file in job.files:
+        if file.name in staging.left:
+            if recognised(staging.place.staging, file, staging.left[file.name], job.prepared, digests):
+                staging.keep(file.name, file.size)
+                kept.add(file.name)
+            else:
+                staging.drop(file.name)
+    return kept
+
+
+def _slices(job: _Job, kept: Container[str]) -> Iterator[Slice]:
     for file in job.files:
         for tensor in file.tensors:
-            if tensor.end > tensor.begin:
+            if tensor.end > tensor.begin and file.name not in kept:
                 yield from slices(job.prepared.targets[tensor.name], CHUNK // 2)
 
 

@@ -40,6 +40,12 @@ class Digests:
                 if tensor.end == tensor.begin:
                     self.tensors[tensor.name] = xxhash.xxh3_128().hexdigest()
 
+    def look(self, filled: Sequence[Filled]) -> None:
+        """Digest a chunk now."""
+        self._look(filled)
+        if self._files:
+            self._sum(filled)
+
     @contextmanager
     def beside(self, filled: Sequence[Filled]) -> Iterator[None]:
         """Digest a chunk while the block runs; both have ended after it."""

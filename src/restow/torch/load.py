@@ -189,7 +189,9 @@ def load(
         names = ", ".join(map(show, tied))
         warnings.append(f"tied in the destination, so the source's own values were not read: {names}")
     if slots.buffers:
-        warnings.append(f"not filled, since no checkpoint holds them: buffers {', '.join(slots.buffers[:20])}")
+        warnings.append(
+            f"not filled, since no checkpoint holds them: buffers {', '.join(slots.buffers[:20])}"
+        )
     booked = execute(
         made,
         {name: slot.local for name, slot in slots.slots.items()},
@@ -222,7 +224,11 @@ def load(
 def _known_to(opened: Checkpoint, family: Family | None, rename: Rename) -> Callable[[str], bool]:
     """Whether a source holds a tensor for a name of the destination; for an expert weight, a module of experts."""
     kin = family or opened.family
-    places = {kin.place(to) for path in opened.modules if (to := renamed(path, rename)) is not None} if kin else set()
+    places = (
+        {kin.place(to) for path in opened.modules if (to := renamed(path, rename)) is not None}
+        if kin
+        else set()
+    )
     names = {to for name in opened.others if (to := renamed(name, rename)) is not None}
     canonical = {kin.canonical(name) for name in names} if kin is not None else set()
 
@@ -240,7 +246,11 @@ def _known_to(opened: Checkpoint, family: Family | None, rename: Rename) -> Call
 
 
 def _checked(
-    opened: Checkpoint, slots: Slots, wish: Wish, made: Plan, memory: Mapping[str, torch.Tensor] | None,
+    opened: Checkpoint,
+    slots: Slots,
+    wish: Wish,
+    made: Plan,
+    memory: Mapping[str, torch.Tensor] | None,
     threads: int | None,
 ) -> Sequence[Problem]:
     """Prove a load by a second read; what the values show, and what could not be proved."""
