@@ -154,7 +154,9 @@ def dcp_load(folder: Path, state: dict[str, torch.Tensor], threads: int) -> None
                 views[f"{at}.{e}.up_proj.weight"] = tensor[e, :, F:].t()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(views, storage_reader=HuggingFaceStorageReader(str(folder), thread_count=threads), no_dist=True)
+        dcp.load(
+            views, storage_reader=HuggingFaceStorageReader(str(folder), thread_count=threads), no_dist=True
+        )
 
 
 def main() -> int:

@@ -66,7 +66,11 @@ def warm(folder: Path) -> None:
 
 def read(folder: Path, threads: int) -> float:
     """Seconds to read every weight file once, in blocks that are dealt out to threads."""
-    jobs = [(path, at) for path in sorted(folder.glob("*.safetensors")) for at in range(0, path.stat().st_size, BLOCK)]
+    jobs = [
+        (path, at)
+        for path in sorted(folder.glob("*.safetensors"))
+        for at in range(0, path.stat().st_size, BLOCK)
+    ]
     files = {path: os.open(path, os.O_RDONLY) for path, _ in jobs}
 
     def work(number: int) -> None:

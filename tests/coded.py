@@ -23,7 +23,12 @@ def config(quantization: dict[str, Any], e: int = E, f: int = F, d: int = D, **m
 
 
 def fp8_config(block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
-    return {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block), "activation_scheme": "dynamic"}
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": list(block),
+        "activation_scheme": "dynamic",
+    }
 
 
 def codes(seed: int, *shape: int) -> torch.Tensor:
@@ -60,7 +65,9 @@ def rest(e: int = E, d: int = D) -> State:
     return {name: torch.randn(shape, generator=make).to(torch.bfloat16) for name, shape in shapes.items()}
 
 
-def write(folder: Path, state: State, about: dict[str, Any], files: dict[str, list[str]] | None = None) -> Path:
+def write(
+    folder: Path, state: State, about: dict[str, Any], files: dict[str, list[str]] | None = None
+) -> Path:
     """A folder with these tensors, in one file or in the files given (all others in the last)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(about))
@@ -72,7 +79,9 @@ def write(folder: Path, state: State, about: dict[str, Any], files: dict[str, li
     weight_map = {name: where.get(name, last) for name in state}
     for file in files:
         save_file({n: t for n, t in state.items() if weight_map[n] == file}, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -93,10 +102,13 @@ def fp8_split(e: int = E, f: int = F, d: int = D, block: tuple[int, int] = (128,
 
 def grouped(values: State, e: int = E, path: str = "model.layers.0.mlp.experts") -> State:
     """Split experts as grouped ones: `e d (p f)` and `e f d`."""
+
     def one(i: int, k: str) -> torch.Tensor:
         return values[f"{path}.{i}.{k}_proj.weight"].T
 
     return {
-        f"{path}.gate_and_up_projs": torch.stack([torch.cat([one(i, "gate"), one(i, "up")], 1) for i in range(e)]),
+        f"{path}.gate_and_up_projs": torch.stack(
+            [torch.cat([one(i, "gate"), one(i, "up")], 1) for i in range(e)]
+        ),
         f"{path}.down_projs": torch.stack([one(i, "down") for i in range(e)]),
     }

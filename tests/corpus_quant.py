@@ -15,7 +15,9 @@ from restow.errors import RestowError
 
 SCALE7 = f"{E7}_scale_inv"
 FP8: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [8, 8]}
-BY_DATA: dict[str, tuple[type[RestowError], tuple[str, ...], bool]] = {}  # what only values show: wanted of `verify`
+BY_DATA: dict[
+    str, tuple[type[RestowError], tuple[str, ...], bool]
+] = {}  # what only values show: wanted of `verify`
 
 
 def good_fp8() -> Shards:

@@ -109,6 +109,3 @@ def T11_zero_expert(shards: Shards) -> None:
 @odd("lm_head.weight", "model.embed_tokens.weight", error=errors.AmbiguousTensorError)
 def T23_tied_but_different(shards: Shards) -> dict[str, Any]:
     return {**CONFIG, "tie_word_embeddings": True}
-
-
-

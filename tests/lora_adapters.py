@@ -40,7 +40,8 @@ def model(family: str, sizes: str = "plain") -> Any:
 def fill(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """New values for LoRA tensors; others stay."""
     return {
-        name: tiny.values(name, tensor.shape) if "lora_" in name else tensor.clone() for name, tensor in state.items()
+        name: tiny.values(name, tensor.shape) if "lora_" in name else tensor.clone()
+        for name, tensor in state.items()
     }
 
 
@@ -66,7 +67,10 @@ def loaded(folder: Path, family: str, sizes: str = "plain") -> Any:
 
 def merged(folder: Path, family: str, sizes: str = "plain") -> dict[str, torch.Tensor]:
     with quiet():
-        return {k: v.detach().clone() for k, v in loaded(folder, family, sizes).merge_and_unload().state_dict().items()}
+        return {
+            k: v.detach().clone()
+            for k, v in loaded(folder, family, sizes).merge_and_unload().state_dict().items()
+        }
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -95,7 +99,11 @@ def base_state(family: str, sizes: str = "plain") -> dict[str, torch.Tensor]:
 def write(folder: Path, state: Mapping[str, torch.Tensor], **config: Any) -> Path:
     """An adapter written by hand."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in state.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     body = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": [], **config}
     (folder / "adapter_config.json").write_text(json.dumps(body))
     return folder

@@ -26,7 +26,10 @@ def main() -> None:
         config = peft.LoraConfig.from_pretrained(folder)
         wrapped = peft.get_peft_model(lora_adapters.model(family, sizes), config)
     state = load_file(path / "adapter_model.safetensors")
-    wanted = {n.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): t for n, t in state.items()}
+    wanted = {
+        n.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): t
+        for n, t in state.items()
+    }
     lost = wrapped.load_state_dict(wanted, strict=False)
     assert not lost.unexpected_keys, lost.unexpected_keys
     assert not [name for name in lost.missing_keys if "lora_" in name], lost.missing_keys

@@ -40,7 +40,9 @@ NO_CONFIG = {"C01_no_config", "C02_config_not_json", "C03_unknown_family", "C09_
 # What the files alone cannot tell: the one who knows the tensor's whole shape is the one who loads it.
 BY_SHAPE = {"R02_last_rank_missing"}
 BAD = [c for c in CASES.values() if (c.error is not None or c.id in DATA) and c.id not in BY_SHAPE]
-GOOD = [c for c in CASES.values() if c.error is None and c.id not in DATA and c.id not in corpus_values.HIDDEN]
+GOOD = [
+    c for c in CASES.values() if c.error is None and c.id not in DATA and c.id not in corpus_values.HIDDEN
+]
 CODED = {"G06_fp8", "Q16_attention_in_fp8"}
 
 
@@ -181,7 +183,9 @@ def test_load(case: Case, tmp_path: Path) -> None:
             assert isinstance(error, kind | near), all_of(error)
         else:
             # What is told to some is in the way of this model: names without their prefix, tensors without a place.
-            assert isinstance(error, kind | errors.UnexpectedTensorError | errors.QuantizationError), all_of(error)
+            assert isinstance(error, kind | errors.UnexpectedTensorError | errors.QuantizationError), all_of(
+                error
+            )
     else:
         assert not fatal or by_data
         assert report.warnings, "told"
@@ -450,5 +454,3 @@ def test_the_oracle_can_fail(name: str, check: Callable[[Case, Path], None], tmp
         with pytest.raises(BaseException) as caught:
             check(wrong, tmp_path / str(i))
         assert type(caught.value).__name__ in ("AssertionError", "Failed")
-
-

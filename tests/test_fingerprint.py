@@ -82,7 +82,15 @@ def test_splitmix_is_the_published_one() -> None:
     assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
-KINDS = [torch.uint8, torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.int64]
+KINDS = [
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.int64,
+]
 
 
 @given(st.data())
@@ -152,7 +160,9 @@ def test_what_is_exchanged_is_seen(layout: str) -> None:
         def change(copy: Tensors) -> None:
             for row in form.rows:
                 axes = {"in": "e p f d", "out": "e f d"}[row.role]
-                copy.update({f"{AT.format(0)}.{n}": t for n, t in spell(row, axes, weights[row.role]).items()})
+                copy.update(
+                    {f"{AT.format(0)}.{n}": t for n, t in spell(row, axes, weights[row.role]).items()}
+                )
 
         return change
 
@@ -201,7 +211,11 @@ def leaves(model: Model) -> dict[str, torch.Tensor]:
         for e in range(model.e):
             at = f"model.layers.{layer}.experts.{e}"
             pair = model.weight("in", layer)[e]
-            out |= {f"{at}.gate": pair[0], f"{at}.up": pair[1], f"{at}.down": model.weight("out", layer)[e].t()}
+            out |= {
+                f"{at}.gate": pair[0],
+                f"{at}.up": pair[1],
+                f"{at}.down": model.weight("out", layer)[e].t(),
+            }
     return out
 
 
@@ -225,7 +239,9 @@ def test_every_family_on_the_hub_and_at_run_time(family_id: str) -> None:
     for disk in (hub, runtime):  # a vision tower may be spelled otherwise there; experts and text are not
         both = disk.keys() & memory.keys()
         assert {key: disk[key] for key in both} == {key: memory[key] for key in both}
-        assert {key for key in disk.keys() ^ memory.keys() if "vision" not in key and key != "lm_head.weight"} == set()
+        assert {
+            key for key in disk.keys() ^ memory.keys() if "vision" not in key and key != "lm_head.weight"
+        } == set()
     with torch.no_grad():
         name = next(n for n, p in model.named_parameters() if ".experts" in n and p.dim() > 1)
         model.get_parameter(name).view(-1)[3] += 1

@@ -62,7 +62,9 @@ def xxh3(data: bytes) -> str:
     def merged(secret: int, start: int) -> int:
         total = start
         for i in range(4):
-            wide = (acc[2 * i] ^ word(SECRET, secret + 16 * i)) * (acc[2 * i + 1] ^ word(SECRET, secret + 16 * i + 8))
+            wide = (acc[2 * i] ^ word(SECRET, secret + 16 * i)) * (
+                acc[2 * i + 1] ^ word(SECRET, secret + 16 * i + 8)
+            )
             total += (wide & MASK) ^ (wide >> 64)
         total &= MASK
         total = ((total ^ (total >> 37)) * 0x165667919E3779F9) & MASK
@@ -138,8 +140,12 @@ def test_leaves_have_one_digest_in_every_layout(
     assert found["tensors"].keys() == stored.keys()
 
 
-def test_a_leaf_that_is_cut_against_its_order_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converting, "CHUNK", 2 * 40 * 48)  # less than an expert's pair, in the grouped layout turned
+def test_a_leaf_that_is_cut_against_its_order_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        converting, "CHUNK", 2 * 40 * 48
+    )  # less than an expert's pair, in the grouped layout turned
     SMALL.written(tmp_path / "a", "split")
     restow.convert(tmp_path / "a", tmp_path / "b", to="grouped")
     restow.convert(tmp_path / "a", tmp_path / "c", to="split")
@@ -164,7 +170,9 @@ def test_sha256_of_every_file(tmp_path: Path) -> None:
     shards[1].write_bytes(raw)
     report = restow.verify(tmp_path / "b")
     assert [(d.kind, d.name) for d in report.differences] == [("digest", shards[1].name)]
-    done = CliRunner().invoke(app, ["convert", str(tmp_path / "a"), str(tmp_path / "c"), "--to", "split", "--sha256"])
+    done = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "a"), str(tmp_path / "c"), "--to", "split", "--sha256"]
+    )
     assert done.exit_code == 0
     entries = manifest(tmp_path / "c")["files"].items()
     assert all("sha256" in entry for name, entry in entries if name.endswith(".safetensors"))

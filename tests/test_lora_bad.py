@@ -32,12 +32,21 @@ def good() -> State:
     for layer in (1, 2):
         for e in range(12):
             path = f"model.layers.{layer}.mlp.experts.{e}"
-            state |= pair(f"{path}.gate_proj", 32, 24) | pair(f"{path}.up_proj", 32, 24) | pair(f"{path}.down_proj", 24, 32)
+            state |= (
+                pair(f"{path}.gate_proj", 32, 24)
+                | pair(f"{path}.up_proj", 32, 24)
+                | pair(f"{path}.down_proj", 24, 32)
+            )
     return state
 
 
 def refused(tmp_path: Path, state: State, *holds: str, config: dict[str, Any] | None = None) -> AdapterError:
-    settings = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"], **(config or {})}
+    settings = {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+        **(config or {}),
+    }
     source = adapters.write(tmp_path / "a", state, **settings)
     with pytest.raises(AdapterError) as caught:
         restow.lora.convert(source, tmp_path / "out", to="peft", base=adapters.base("qwen3_moe"))
@@ -70,7 +79,9 @@ def test_l02_rank_differs(tmp_path: Path, module: str) -> None:
     refused(one, pair(module, 32, 64 if module == LINEAR else 24), module, "4", "2", config={"r": 4})
 
 
-@pytest.mark.parametrize("module", ["model.layers.9.self_attn.q_proj", "model.layers.9.mlp.experts.0.gate_proj"])
+@pytest.mark.parametrize(
+    "module", ["model.layers.9.self_attn.q_proj", "model.layers.9.mlp.experts.0.gate_proj"]
+)
 def test_l03_no_such_module(tmp_path: Path, module: str) -> None:
     refused(tmp_path, good() | pair(module, 32, 24), "layers.9")
 

@@ -17,7 +17,17 @@ import restow.lora
 import tiny
 from restow.errors import AdapterError, MissingTensorError, ShapeMismatchError, UsageError
 
-FORMATS = ("grouped", "peft", "peft-0.18", "peft-0.19.0", "peft-per-expert", "vllm", "sglang", "megatron", "megatron-3d")
+FORMATS = (
+    "grouped",
+    "peft",
+    "peft-0.18",
+    "peft-0.19.0",
+    "peft-per-expert",
+    "vllm",
+    "sglang",
+    "megatron",
+    "megatron-3d",
+)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
@@ -63,7 +73,14 @@ def test_names_and_shapes_of_grouped(tmp_path: Path) -> None:
     }  # fmt: skip
     config, before = adapters.config(tmp_path / "g"), adapters.config(source)
     assert config["restow_layout"] == "grouped"
-    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "base_model_name_or_path"):
+    for field in (
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "base_model_name_or_path",
+    ):
         assert config[field] == before[field]
     with safe_open(tmp_path / "g" / "adapter_model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["restow.adapter"])["format"] == "grouped"
@@ -91,7 +108,9 @@ def test_vllm_knows_one_scale(tmp_path: Path) -> None:
     assert config["alpha_pattern"] == config["rank_pattern"] == {}
     want, before = adapters.merged(source, "qwen3_moe"), adapters.base_state("qwen3_moe")
     path = "base_model.model.model.layers.1.mlp.experts.7.down_proj"
-    delta = state[f"{path}.lora_B.weight"] @ state[f"{path}.lora_A.weight"] * config["lora_alpha"] / config["r"]
+    delta = (
+        state[f"{path}.lora_B.weight"] @ state[f"{path}.lora_A.weight"] * config["lora_alpha"] / config["r"]
+    )
     name = "model.layers.1.mlp.experts.down_proj"
     torch.testing.assert_close(before[name][7] + delta, want[name][7], atol=1e-5, rtol=1e-5)
     assert any("multiplied into B" in note for note in report.notes)
@@ -127,7 +146,10 @@ def test_fresh_adapters_keep_their_factors(tmp_path: Path) -> None:
     """B of zeros: nothing in the values says whose column is whose; the stamp does."""
     from test_lora_peft import per_expert
 
-    state = {n: t if "lora_A" in n else torch.zeros_like(t) for n, t in per_expert("qwen3_moe", shared=False).items()}
+    state = {
+        n: t if "lora_A" in n else torch.zeros_like(t)
+        for n, t in per_expert("qwen3_moe", shared=False).items()
+    }
     source = adapters.write(tmp_path / "e", state, target_modules=["gate_proj", "up_proj", "down_proj"])
     base = adapters.base("qwen3_moe")
     for via in ("peft", "grouped"):
@@ -188,7 +210,9 @@ def test_shared_outer_expands_and_collapses(tmp_path: Path) -> None:
     assert sorted(back) == sorted(state)
     assert all(torch.equal(back[n], state[n]) for n in state)
     with pytest.raises(AdapterError, match="one A for all experts"):
-        restow.lora.convert(adapters.make(tmp_path / "a", "qwen3_moe"), tmp_path / "x", to="vllm-shared-outer", base=base)
+        restow.lora.convert(
+            adapters.make(tmp_path / "a", "qwen3_moe"), tmp_path / "x", to="vllm-shared-outer", base=base
+        )
 
 
 def test_the_outermost_wrapper_may_be_the_input(tmp_path: Path) -> None:
@@ -198,7 +222,11 @@ def test_the_outermost_wrapper_may_be_the_input(tmp_path: Path) -> None:
     for name, tensor in adapters.tensors(source).items():
         if "experts" in name:
             inner = "experts.base_layer." in name
-            name = name.replace("experts.base_layer.", "experts.") if inner else name.replace("experts.", "experts.base_layer.")
+            name = (
+                name.replace("experts.base_layer.", "experts.")
+                if inner
+                else name.replace("experts.", "experts.base_layer.")
+            )
         state[name] = tensor
     turned = adapters.write(tmp_path / "t", state, **adapters.config(source))
     base = adapters.base("qwen3_moe")
@@ -248,7 +276,10 @@ def test_names_that_go_along(tmp_path: Path) -> None:
         adapters.same(source, tmp_path / f"{to}b")
         report = restow.lora.merge(base, tmp_path / to, tmp_path / f"{to}m")
         assert report.replaced == 1
-        merged, state = adapters.merged(source, "qwen3_moe"), tiny.reload(tmp_path / f"{to}m", "qwen3_moe")[0].state_dict()
+        merged, state = (
+            adapters.merged(source, "qwen3_moe"),
+            tiny.reload(tmp_path / f"{to}m", "qwen3_moe")[0].state_dict(),
+        )
         for name, tensor in merged.items():
             torch.testing.assert_close(state[name], tensor, atol=1e-5, rtol=1e-5)
     with pytest.raises(AdapterError, match="lm_head"):
@@ -305,7 +336,9 @@ def test_load_refuses_holes_ranks_and_strangers(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="a parameter of the model"):
         restow.lora.load(source, {n: t for n, t in state.items() if n != name}, base=base)
     with pytest.raises(MissingTensorError, match=r"layers\.7"):
-        restow.lora.load(source, {**state, "model.layers.7.mlp.experts.lora_down_A": state[name].clone()}, base=base)
+        restow.lora.load(
+            source, {**state, "model.layers.7.mlp.experts.lora_down_A": state[name].clone()}, base=base
+        )
     with pytest.raises(ShapeMismatchError, match="12, 24, 3"):
         restow.lora.load(source, {**state, name: torch.zeros(12, 24, 4)}, base=base)
 
@@ -382,4 +415,6 @@ def test_importing_the_face_needs_no_torch() -> None:
     import sys
 
     code = "import restow.lora, sys; restow.lora.formats; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    )

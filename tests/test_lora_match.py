@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 from restow.adapter_match import check_key, first, matches
 from restow.errors import AdapterError
 
-KEYS = st.lists(st.sampled_from(["a", "b", "experts", ".", r"\.", ".*", "a*", "_"]), min_size=1, max_size=6).map("".join)
-NAMES = st.lists(st.sampled_from(["a", "b", "ab", "experts", "a_b", "0"]), min_size=1, max_size=5).map(".".join)
+KEYS = st.lists(
+    st.sampled_from(["a", "b", "experts", ".", r"\.", ".*", "a*", "_"]), min_size=1, max_size=6
+).map("".join)
+NAMES = st.lists(st.sampled_from(["a", "b", "ab", "experts", "a_b", "0"]), min_size=1, max_size=5).map(
+    ".".join
+)
 
 
 def peft(key: str, name: str) -> bool:
@@ -52,7 +56,9 @@ def test_the_first_key_counts() -> None:
     assert first(["x"], "a.q_proj") is None
 
 
-@pytest.mark.parametrize("key", ["(a+)+", "a|b", "[ab]", "a+", "a?", "^a", "a$", r"\d", "a{2}", "", "x" * 257, "\u00e9"])
+@pytest.mark.parametrize(
+    "key", ["(a+)+", "a|b", "[ab]", "a+", "a?", "^a", "a$", r"\d", "a{2}", "", "x" * 257, "\u00e9"]
+)
 def test_expressions_are_refused_by_name(key: str) -> None:
     with pytest.raises(AdapterError) as caught:
         check_key(key, "rank_pattern", "adapter_config.json")

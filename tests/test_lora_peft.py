@@ -209,19 +209,26 @@ def hand(state: dict[str, torch.Tensor], scale: Any, family: str = "qwen3_moe") 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (3, 5, 3), (2, 2, 7)])
 @pytest.mark.parametrize("shared", [True, False])
-def test_per_expert_adapters_by_hand(tmp_path: Path, shared: bool, ranks: tuple[int, int, int], rslora: bool) -> None:
+def test_per_expert_adapters_by_hand(
+    tmp_path: Path, shared: bool, ranks: tuple[int, int, int], rslora: bool
+) -> None:
     if shared and ranks[0] != ranks[1]:
         pytest.skip("no one A of two ranks")
     state = per_expert("qwen3_moe", shared=shared, ranks=ranks)
     patterns = {w: r for w, r in zip(("gate_proj", "up_proj", "down_proj"), ranks, strict=True) if r != 3}
     source = adapters.write(tmp_path / "e", state, rank_pattern=patterns, use_rslora=rslora,
                             target_modules=["gate_proj", "up_proj", "down_proj"])  # fmt: skip
-    scales = {w: 6 / (r**0.5 if rslora else r) for w, r in zip(("gate_proj", "up_proj", "down_proj"), ranks, strict=True)}
+    scales = {
+        w: 6 / (r**0.5 if rslora else r)
+        for w, r in zip(("gate_proj", "up_proj", "down_proj"), ranks, strict=True)
+    }
     want = hand(state, scales.__getitem__)
     base = adapters.base("qwen3_moe")
     report = restow.lora.convert(source, tmp_path / "p", to="peft", base=base)
     inner = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"
-    assert adapters.tensors(tmp_path / "p")[inner].shape[0] == 12 * (ranks[0] if shared else ranks[0] + ranks[1])
+    assert adapters.tensors(tmp_path / "p")[inner].shape[0] == 12 * (
+        ranks[0] if shared else ranks[0] + ranks[1]
+    )
     have = adapters.merged(tmp_path / "p", "qwen3_moe")
     for name, tensor in want.items():
         torch.testing.assert_close(have[name], tensor, atol=1e-5, rtol=1e-5)
@@ -237,7 +244,11 @@ def test_equal_to_peft_s_own_conversion(tmp_path: Path) -> None:
     state = per_expert("qwen3_moe", shared=False)
     words = ["gate_proj", "up_proj", "down_proj"]
     source = adapters.write(tmp_path / "e", state, target_modules=words)
-    theirs = {n.replace(".default", ""): t for n, t in adapters.loaded(source, "qwen3_moe").state_dict().items() if "lora_" in n}
+    theirs = {
+        n.replace(".default", ""): t
+        for n, t in adapters.loaded(source, "qwen3_moe").state_dict().items()
+        if "lora_" in n
+    }
     restow.lora.convert(source, tmp_path / "p", to="peft", base=adapters.base("qwen3_moe"))
     ours = adapters.tensors(tmp_path / "p")
     assert sorted(ours) == sorted(theirs)
@@ -303,7 +314,9 @@ def test_one_wrapper_is_what_the_config_says(tmp_path: Path) -> None:
         restow.lora.convert(source, tmp_path / f"{i}g", to="grouped", base=adapters.base("qwen3_moe"))
         names = [n for n in adapters.tensors(tmp_path / f"{i}g") if "experts" in n]
         assert all(("lora_gate_and_up" if i == 0 else "lora_down") in n for n in names)
-        restow.lora.convert(tmp_path / f"{i}g", tmp_path / f"{i}b", to="peft", base=adapters.base("qwen3_moe"))
+        restow.lora.convert(
+            tmp_path / f"{i}g", tmp_path / f"{i}b", to="peft", base=adapters.base("qwen3_moe")
+        )
         adapters.same(source, tmp_path / f"{i}b")
 
 
@@ -311,7 +324,11 @@ def test_deepseek_keeps_its_shared_experts(tmp_path: Path) -> None:
     """gate_proj of shared experts and dense layers are modules of their own: none may be lost or taken for experts."""
     state = per_expert("deepseek_v3", shared=False)
     want = {k: v.clone() for k, v in hand(state, lambda word: 2.0, "deepseek_v3").items()}
-    linear = [n for n in want if n.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight", "q_b_proj.weight"))]
+    linear = [
+        n
+        for n in want
+        if n.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight", "q_b_proj.weight"))
+    ]
     for name in linear:
         module, (o, i) = name.removesuffix(".weight"), want[name].shape
         a = state[f"base_model.model.{module}.lora_A.weight"] = tiny.values(f"{name}.A", torch.Size((3, i)))
@@ -344,7 +361,9 @@ def test_unsloth_s_order_by_marker_and_by_flag(tmp_path: Path) -> None:
         b = state[name]
         state[name] = b.reshape(b.shape[0], 3, 12).transpose(1, 2).reshape(b.shape)
     plain = adapters.write(tmp_path / "u", state, **adapters.config(source))
-    marked = adapters.write(tmp_path / "m", state, **adapters.config(source), lora_B_layout="grouped_by_expert")
+    marked = adapters.write(
+        tmp_path / "m", state, **adapters.config(source), lora_B_layout="grouped_by_expert"
+    )
     restow.lora.convert(plain, tmp_path / "by flag", to="grouped", base=base, expert_major=True)
     restow.lora.convert(marked, tmp_path / "by marker", to="grouped", base=base)
     restow.lora.convert(plain, tmp_path / "wrong", to="grouped", base=base)

@@ -54,7 +54,10 @@ def test_decodes_to_the_formulas_bits(fp8: tuple[Path, State], dtype: torch.dtyp
     report = filled(folder, into)
     for name, value in values.items():
         assert torch.equal(into[name], value.to(dtype)), name
-    size = sum(len(load_file(file)) and sum(t.nbytes for t in load_file(file).values()) for file in folder.glob("*.safetensors"))
+    size = sum(
+        len(load_file(file)) and sum(t.nbytes for t in load_file(file).values())
+        for file in folder.glob("*.safetensors")
+    )
     assert report.bytes_read == size
     assert (IN in report.narrowed) == (dtype != torch.float32)
 
@@ -97,7 +100,10 @@ def test_shards_that_cut_blocks(fp8: tuple[Path, State], axis: str, of: int) -> 
         for name, part in parts.items():
             assert torch.equal(into[name], part.to(torch.bfloat16)), (name, rank)
         if axis == "e":
-            assert report.bytes_read < 1.1 * sum(part.numel() * (1 + 8 / 128**2 * 2) for part in parts.values()) + 4096
+            assert (
+                report.bytes_read
+                < 1.1 * sum(part.numel() * (1 + 8 / 128**2 * 2) for part in parts.values()) + 4096
+            )
 
 
 def test_any_placement_reads_its_own_boxes(fp8: tuple[Path, State]) -> None:
@@ -209,7 +215,9 @@ def mxfp4(e: int = 4, f: int = 96, d: int = 64) -> tuple[State, dict[str, Any]]:
     state["model.layers.0.mlp.router.weight"] = torch.randn(e, d).to(torch.bfloat16)
     state["model.layers.0.mlp.router.bias"] = torch.randn(e).to(torch.bfloat16)
     for role, (rows, columns) in {"gate_up_proj": (2 * f, d), "down_proj": (d, f)}.items():
-        state[f"{base}.{role}_blocks"] = torch.randint(0, 256, (e, rows, columns // 32, 16), dtype=torch.uint8)
+        state[f"{base}.{role}_blocks"] = torch.randint(
+            0, 256, (e, rows, columns // 32, 16), dtype=torch.uint8
+        )
         state[f"{base}.{role}_scales"] = torch.randint(110, 135, (e, rows, columns // 32), dtype=torch.uint8)
         state[f"{base}.{role}_bias"] = torch.randn(e, rows).to(torch.bfloat16)
     about = {
@@ -246,7 +254,13 @@ def test_mxfp4_converts_and_shards(tmp_path: Path) -> None:
     assert restow.verify(folder, tmp_path / "hf").equal
     plain, source = load_file(tmp_path / "hf" / "model.safetensors"), open_checkpoint(folder)
     name = f"{EXPERTS}.gate_up_proj"
-    for dim, start, count in ((1, 13, 13), (1, 52, 1), (1, 7, 50), (0, 1, 2), (2, 39, 41)):  # odd nibbles, parts of pairs
+    for dim, start, count in (
+        (1, 13, 13),
+        (1, 52, 1),
+        (1, 7, 50),
+        (0, 1, 2),
+        (2, 39, 41),
+    ):  # odd nibbles, parts of pairs
         targets = {n: Target(n, tuple(t.shape), "BF16", whole(t.shape)) for n, t in plain.items()}
         cut = tuple(((start, count),) if i == dim else runs for i, runs in enumerate(targets[name].runs))
         targets[name] = targets[name]._replace(runs=cut)
@@ -256,7 +270,11 @@ def test_mxfp4_converts_and_shards(tmp_path: Path) -> None:
         booked = run_plan(made, into, root=source.path)
         assert booked.bytes_read == made.bytes
         for n, tensor in into.items():
-            assert torch.equal(tensor, plain[n].narrow(dim, start, count) if n == name else plain[n]), (n, dim, start)
+            assert torch.equal(tensor, plain[n].narrow(dim, start, count) if n == name else plain[n]), (
+                n,
+                dim,
+                start,
+            )
     restow.convert(folder, tmp_path / "k", to="fused", experts=[2, 1], keep_quantized=True)
     kept = load_file(tmp_path / "k" / "model.safetensors")
     assert torch.equal(kept[f"{EXPERTS}.down_proj_blocks"], state[f"{EXPERTS}.down_proj_blocks"][[2, 1]])

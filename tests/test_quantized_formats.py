@@ -26,7 +26,9 @@ class Format(NamedTuple):
 
 
 def packed(seed: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    words = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    words = torch.randint(
+        0, 256, (rows, columns // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     return words.view(dtype), nibbles(words).long()
 
 
@@ -46,7 +48,9 @@ def fp8_e8m0(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
 
 def fp4_int8(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
     (words, four), grid = packed(seed, r, c, torch.int8), exponents(seed, r, c // 32)
-    return {".weight": words, ".scale": grid.view(torch.float8_e8m0fnu)}, E2M1[four] * expand(power(grid), (1, 32), (r, c))
+    return {".weight": words, ".scale": grid.view(torch.float8_e8m0fnu)}, E2M1[four] * expand(
+        power(grid), (1, 32), (r, c)
+    )
 
 
 def fp8_channel(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
@@ -56,7 +60,9 @@ def fp8_channel(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
 
 def mxfp8(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
     weight, grid = codes(seed, r, c).view(FP8), exponents(seed, r, c // 32)
-    return {".weight": weight, ".weight_scale_inv": grid}, weight.float() * expand(power(grid), (1, 32), (r, c))
+    return {".weight": weight, ".weight_scale_inv": grid}, weight.float() * expand(
+        power(grid), (1, 32), (r, c)
+    )
 
 
 def mxfp4_packed(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
@@ -74,7 +80,12 @@ def int4(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
 def nvfp4(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
     (words, four), grid = packed(seed, r, c, torch.uint8), codes(seed, r, c // 16).view(FP8)
     second = scales(seed, 1).reshape(())
-    stored = {".weight": words, ".weight_scale": grid, ".weight_scale_2": second, ".input_scale": torch.tensor(0.5)}
+    stored = {
+        ".weight": words,
+        ".weight_scale": grid,
+        ".weight_scale_2": second,
+        ".input_scale": torch.tensor(0.5),
+    }
     return stored, E2M1[four] * (expand(grid.float(), (1, 16), (r, c)) * second)
 
 
@@ -93,23 +104,34 @@ def modelopt_blocks(seed: int, r: int, c: int) -> tuple[State, torch.Tensor]:
 
 def compressed(kind: str, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
-    return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": kind,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
 
 
 FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 FORMATS = {
     "fp8_scale": Format(FP8_BLOCKS, fp8_e8m0),
     "fp4": Format(FP8_BLOCKS, fp4_int8),
-    "fp8_channel": Format(compressed("float-quantized", num_bits=8, type="float", strategy="channel"), fp8_channel),
+    "fp8_channel": Format(
+        compressed("float-quantized", num_bits=8, type="float", strategy="channel"), fp8_channel
+    ),
     "mxfp8": Format({"quant_method": "mxfp8"}, mxfp8),
     "mxfp8 by its blocks": Format({"quant_method": "fp8", "weight_block_size": [1, 32]}, mxfp8),
     "mxfp4_packed": Format(
-        compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32), mxfp4_packed
+        compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
+        mxfp4_packed,
     ),
-    "int4_packed": Format(compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32), int4),
+    "int4_packed": Format(
+        compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32), int4
+    ),
     "nvfp4": Format({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4),
     "nvfp4_packed": Format(
-        compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16), nvfp4_packed
+        compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
+        nvfp4_packed,
     ),
     "fp8_modelopt": Format({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, modelopt_blocks),
 }
@@ -118,7 +140,11 @@ FORMATS = {
 def build(folder: Path, form: Format) -> tuple[Path, State, State]:
     """(folder, stored, values): split experts in a format, and one weight outside them."""
     stored, values = rest(E, D), State()
-    shapes = {f"{EXPERTS}.{e}.{k}_proj": (D, F) if k == "down" else (F, D) for e in range(E) for k in ("gate", "up", "down")}
+    shapes = {
+        f"{EXPERTS}.{e}.{k}_proj": (D, F) if k == "down" else (F, D)
+        for e in range(E)
+        for k in ("gate", "up", "down")
+    }
     shapes["model.layers.0.self_attn.q_proj"] = (96, D)
     for seed, (name, shape) in enumerate(shapes.items()):
         parts, values[f"{name}.weight"] = form.store(seed, *shape)

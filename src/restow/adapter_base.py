@@ -162,5 +162,7 @@ def _from_config(folder: str, known: Family | None) -> Base:
     kinds = [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
     family = known or next((FAMILIES[k] for k in kinds if isinstance(k, str) and k in FAMILIES), None)
     if family is None:
-        raise UnsupportedFamilyError("a base of a family that restow knows", show(repr(kinds[0])), path=folder)
+        raise UnsupportedFamilyError(
+            "a base of a family that restow knows", show(repr(kinds[0])), path=folder
+        )
     return Base(family, {"p": len(family.labels), **family.read_sizes(config)}, None, folder)

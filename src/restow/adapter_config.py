@@ -99,7 +99,9 @@ def read_adapter_config(folder: str) -> AdapterConfig:
     """The config in an adapter's folder. Raises `AdapterError`."""
     path = Path(folder) / CONFIG
     try:
-        text = read_all(path, LIMITS.config, what=f"{CONFIG}, which gives rank and alpha", refuse=AdapterError)
+        text = read_all(
+            path, LIMITS.config, what=f"{CONFIG}, which gives rank and alpha", refuse=AdapterError
+        )
         value = parse(text, LIMITS.depth, fraction=float, constant=float)
     except JsonFault as fault:
         raise AdapterError(f"{CONFIG} of strict JSON", fault.found, path=path) from None
@@ -107,7 +109,9 @@ def read_adapter_config(folder: str) -> AdapterConfig:
         raise
     except RestowError as error:
         hint = "an adapter is a folder of adapter_config.json and adapter_model.safetensors"
-        raise AdapterError(f"{CONFIG}, which gives rank and alpha", error.found, path=path, hint=hint) from None
+        raise AdapterError(
+            f"{CONFIG}, which gives rank and alpha", error.found, path=path, hint=hint
+        ) from None
     config = adapter_config(value, str(path))
     beside = Path(folder) / "automodel_peft_config.json"  # NeMo AutoModel, components/_peft/lora.py
     if beside.is_file():
@@ -123,7 +127,9 @@ def adapter_config(raw: object, path: str | None = None) -> AdapterConfig:
         raise AdapterError("an adapter config that is a JSON object", f"a {type(raw).__name__}", path=path)
     kind = raw.get("peft_type", "LORA")
     if str(kind).rpartition(".")[2] != "LORA":
-        raise AdapterError("peft_type LORA", show(repr(kind)), path=path, hint="only LoRA adapters are converted")
+        raise AdapterError(
+            "peft_type LORA", show(repr(kind)), path=path, hint="only LoRA adapters are converted"
+        )
     return AdapterConfig(
         raw=MappingProxyType(dict(raw)),
         rank=_rank(raw.get("r", 8), "r", path),

@@ -22,7 +22,15 @@ NEWEST = "0.21.2"
 VERSIONS = {"0.18": "0.18.1", "0.19.0": "0.19.0", "0.19.1": "0.19.1"}
 FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
           "target_parameters", "peft_version", "lora_dropout", "restow_layout")  # fmt: skip
-RENAMED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT takes for experts by the leaf
+RENAMED = (
+    "gate",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "w2",
+    "w3",
+)  # what PEFT takes for experts by the leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +52,18 @@ class Wanted:
 
     def fits(self, config: AdapterConfig) -> bool:
         """Whether a config gives every name this rank and scale."""
-        return all(r == self.rank and isclose(config.scale(r, a), self.scale, rel_tol=1e-12) for r, a in self.said(config))
+        return all(
+            r == self.rank and isclose(config.scale(r, a), self.scale, rel_tol=1e-12)
+            for r, a in self.said(config)
+        )
 
 
 def scales(config: AdapterConfig, wanted: Iterable[Wanted], fmt: Format) -> AdapterConfig:
     """The config with r, alpha and patterns that give every wanted name its rank and scale."""
     todo = list(wanted)
-    if fmt.one_scale:  # the caller has made all scales one; patterns that give ranks are for others than its reader
+    if (
+        fmt.one_scale
+    ):  # the caller has made all scales one; patterns that give ranks are for others than its reader
         rank, alpha, rslora = one_scale(config, todo, fmt)
         config = replace(config, rank=rank, alpha=alpha, rslora=rslora, ranks={}, alphas={})
         todo = [replace(w, scale=config.scale(rank, alpha)) for w in todo]
@@ -169,7 +182,9 @@ def target_modules(config: AdapterConfig, plain: Sequence[str], base: Base) -> l
     return kept
 
 
-def target_parameters(config: AdapterConfig, ours: Sequence[str], tails: Sequence[str], every: bool) -> list[str]:
+def target_parameters(
+    config: AdapterConfig, ours: Sequence[str], tails: Sequence[str], every: bool
+) -> list[str]:
     """Entries for the experts' parameters: their tails where every layer has them, else full names; others stay."""
     given = config.names("target_parameters")
     stay = [t for t in given if not any(_ends(name, t) for name in ours)]

@@ -66,7 +66,13 @@ FACES: Mapping[str, tuple[Faces, Faces, Faces]] = MappingProxyType({
 })  # fmt: skip
 TRANSPOSED = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 UNMARKED = ("llama4", "llama4_text")
-VLLM_3D = ("gpt_oss", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text")  # is_3d_moe_weight
+VLLM_3D = (
+    "gpt_oss",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_vl_moe",
+    "qwen3_vl_moe_text",
+)  # is_3d_moe_weight
 
 
 def format_of(name: str, family: Family) -> Format:
@@ -104,7 +110,11 @@ def parameter(family: Family, role: str) -> str:
 
 def per_expert(family: Family) -> Mapping[str, Row]:
     """The rows of one nn.Linear per expert and projection, as transformers 4 and the hub name them."""
-    own = [s.layout for s in family.spellings if "{e}." in str(s.layout.row("in")) and len(s.layout.row("in").dims) == 2]
+    own = [
+        s.layout
+        for s in family.spellings
+        if "{e}." in str(s.layout.row("in")) and len(s.layout.row("in").dims) == 2
+    ]
     layout = own[0] if own and own[0].row("in").labels else family.form("split")
     return {role: layout.row(role) for role in ROLES}
 

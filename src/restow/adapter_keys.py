@@ -128,7 +128,9 @@ def _candidates(family: Family) -> list[tuple[Spelled, dict[str, Row]]]:
     return found
 
 
-def _cover(tags: Mapping[int, Mapping[str, Mapping[tuple[int, ...], str]]], names: set[str]) -> list[int] | None:
+def _cover(
+    tags: Mapping[int, Mapping[str, Mapping[tuple[int, ...], str]]], names: set[str]
+) -> list[int] | None:
     """The tags that explain every name: one, or the wrappers of one module together."""
     for tag, table in tags.items():
         if {name for found in table.values() for name in found.values()} == names:

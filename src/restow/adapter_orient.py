@@ -47,7 +47,9 @@ def wrapped_roles(
     """Which role each depth of a module's wrappers is for. Raises `AdapterError` where nothing says it."""
     by_depth = {f.spelled.depth: (f.names["out.A"][()], f.names["out.B"][()]) for f in found}
     kind: Kind = "wrapper" if len(shapes[by_depth[min(by_depth)][0]]) == 2 else "wrapper3"
-    order = ROLES if options.outer == "out" else tuple(reversed(ROLES))  # as registered: the last one is outermost
+    order = (
+        ROLES if options.outer == "out" else tuple(reversed(ROLES))
+    )  # as registered: the last one is outermost
     targets = config.names("target_parameters")
     asked = [r for r in order if any(_ends(f"{path}.{parameter(family, r)}", t) for t in targets)]
     if sorted(by_depth) != list(range(len(by_depth))) or len(by_depth) > len(ROLES):
@@ -63,7 +65,9 @@ def wrapped_roles(
     elif not asked and len(by_depth) == 1:
         names = by_depth[0]
         tries = [(r, Wrappers(path, kind, {r: names}, {r: 0})) for r in ROLES]
-        roles = [r for r, w in tries if any(fits(w, f, config, family, shapes, sizes) for f in get_args(Faces))]
+        roles = [
+            r for r, w in tries if any(fits(w, f, config, family, shapes, sizes) for f in get_args(Faces))
+        ]
     else:
         roles = []
     if len(roles) != len(by_depth):
@@ -79,7 +83,12 @@ def wrapped_roles(
 
 
 def fits(
-    module: Wrappers, faces: Faces, config: AdapterConfig, family: Family, shapes: Shapes, sizes: Mapping[str, int]
+    module: Wrappers,
+    faces: Faces,
+    config: AdapterConfig,
+    family: Family,
+    shapes: Shapes,
+    sizes: Mapping[str, int],
 ) -> bool:
     """Whether all tensors of a module agree with each other, and with the sizes known, if lora_A faces this side."""
     known = dict(sizes)
@@ -102,7 +111,9 @@ def stored(pair: tuple[str, str], factor: str, faces: Faces) -> str:
     return pair[(factor == "B") ^ (faces == "output")]
 
 
-def wrapper_rows(module: Wrappers, faces: Faces, family: Family, expert_major: bool = False) -> dict[str, Row]:
+def wrapper_rows(
+    module: Wrappers, faces: Faces, family: Family, expert_major: bool = False
+) -> dict[str, Row]:
     """The rows of a module's wrappers."""
     return rows(module.kind, family, faces=faces, depth=module.depth, expert_major=expert_major)
 
@@ -113,7 +124,8 @@ def decide_faces(
 ) -> dict[str, tuple[Faces, str]]:  # fmt: skip
     """By module path: the side that lora_A faces, and what decided it. Raises `AdapterError` where nothing does."""
     possible = {
-        m.path: [f for f in get_args(Faces) if fits(m, f, config, family, shapes, sizes[m.path])] for m in modules
+        m.path: [f for f in get_args(Faces) if fits(m, f, config, family, shapes, sizes[m.path])]
+        for m in modules
     }
     for m in modules:
         if not possible[m.path]:

@@ -145,7 +145,9 @@ class _Reader:
             try:
                 module = self.base.experts(path)
                 known = {**self.base.sizes, **(module.sizes if module is not None else {})}
-                sizes[path] = {axis: n for axis, n in known.items() if axis.partition("@")[0] in ("e", "d", "f", "p")}
+                sizes[path] = {
+                    axis: n for axis, n in known.items() if axis.partition("@")[0] in ("e", "d", "f", "p")
+                }
                 if found[0].spelled.kind == "wrapper":
                     wrappers.append(wrapped_roles(path, found, self.config, self.base.family, self.shapes,
                                                   sizes[path], self.options))  # fmt: skip
@@ -154,7 +156,9 @@ class _Reader:
             except RestowError as error:
                 self.errors.append(error)
         try:
-            self.faces = decide_faces(wrappers, self.config, self.base.family, self.shapes, sizes, self.options)
+            self.faces = decide_faces(
+                wrappers, self.config, self.base.family, self.shapes, sizes, self.options
+            )
             for m in wrappers:
                 pairs += self._wrapped(m, sizes[m.path])
         except RestowError as error:
@@ -195,12 +199,16 @@ class _Reader:
                 rank, alpha = self._ranks(found, role, label, ours[0])
                 if "e" in row.name_axes:
                     known.setdefault("e", 1 + max(i for i, *_ in ours[0]))
-                pair = self._pair(found.path, role, label, table, ours[0], ours[1], known, rank, alpha, found.spelled)
+                pair = self._pair(
+                    found.path, role, label, table, ours[0], ours[1], known, rank, alpha, found.spelled
+                )
                 known.update({axis: n for axis, n in pair.sizes.items() if axis != "r"})
                 pairs.append(pair)
         return pairs
 
-    def _half(self, found: Found, role: str, a: Mapping[tuple[int, ...], str], b: Mapping[tuple[int, ...], str]) -> None:
+    def _half(
+        self, found: Found, role: str, a: Mapping[tuple[int, ...], str], b: Mapping[tuple[int, ...], str]
+    ) -> None:
         for index in a.keys() ^ b.keys():
             one = (a if index in a else b)[index]
             word = "lora_A" if "lora_A" in one else "lora_B"
@@ -228,7 +236,9 @@ class _Reader:
                     hint="give the patterns for all experts at once",
                 )
             return next(iter(said))
-        return self.config.of_any(alias_names(found.path, role, (label,) if label is not None else None, self.base))
+        return self.config.of_any(
+            alias_names(found.path, role, (label,) if label is not None else None, self.base)
+        )
 
     def _pair(
         self, path: str, role: str, label: int | None, table: Mapping[str, Row],
@@ -246,7 +256,9 @@ class _Reader:
         outer = {f: self._shared(spelled, row, self.shapes[n], known)
                  for f, row, n in (("A", row_a, first_a), ("B", row_b, first_b))}  # fmt: skip
         sizes_a = self._solved(row_a, first_a, {**known, **outer["A"]}, rank)
-        sizes_b = self._solved(row_b, first_b, {**{k: v for k, v in sizes_a.items() if k != "e"}, **known, **outer["B"]}, rank)
+        sizes_b = self._solved(
+            row_b, first_b, {**{k: v for k, v in sizes_a.items() if k != "e"}, **known, **outer["B"]}, rank
+        )
         sizes_a, sizes_b = {**sizes_b, **sizes_a}, {**sizes_a, **sizes_b}
         found_rank = sizes_a["r"]
         if found_rank != rank and not (self.config.free and spelled is not None and spelled.kind == "native"):
@@ -258,8 +270,18 @@ class _Reader:
                 if self.shapes[name] != want:
                     module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
                     raise self._wrong(name, row, want, module, rank)
-        whole = {**sizes_a, "e": max(sizes_a["e"], sizes_b["e"])} if not known.get("e") else {**sizes_a, "e": known["e"]}
-        labels = () if role == "out" else (label,) if label is not None else tuple(range(len(self.base.family.labels)))
+        whole = (
+            {**sizes_a, "e": max(sizes_a["e"], sizes_b["e"])}
+            if not known.get("e")
+            else {**sizes_a, "e": known["e"]}
+        )
+        labels = (
+            ()
+            if role == "out"
+            else (label,)
+            if label is not None
+            else tuple(range(len(self.base.family.labels)))
+        )
         experts = tuple(sorted({i for i, *_ in a})) if "e" in row_a.name_axes else tuple(range(whole["e"]))
         if f"e@{role}" in known:
             whole["e"] = known[f"e@{role}"]
@@ -277,7 +299,11 @@ class _Reader:
     def _solved(self, row: Row, name: str, known: Mapping[str, int], rank: int) -> dict[str, int]:
         shape = self.shapes[name]
         of = dict(known)
-        if "e" not in of and f"e@{row.base}" not in of and any(len(d.factors) == 2 and "e" in str(d) for d in row.dims):
+        if (
+            "e" not in of
+            and f"e@{row.base}" not in of
+            and any(len(d.factors) == 2 and "e" in str(d) for d in row.dims)
+        ):
             of["r"] = rank
         fresh = solve_sizes(row, shape, of)
         if fresh is None:
@@ -375,7 +401,9 @@ def _only(row: Row, names: Mapping[tuple[int, ...], str], label: int | None) -> 
     return {(*i[:at], 0, *i[at + 1 :]): name for i, name in names.items() if i[at] == label}
 
 
-def _in_order(row: Row, names: Mapping[tuple[int, ...], str], sizes: Mapping[str, int]) -> tuple[str | None, ...]:
+def _in_order(
+    row: Row, names: Mapping[tuple[int, ...], str], sizes: Mapping[str, int]
+) -> tuple[str | None, ...]:
     lengths = [axis_size(row, axis, sizes) for axis in row.name_axes]
     return tuple(names.get(index) for index in product(*map(range, lengths)))
 

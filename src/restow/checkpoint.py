@@ -44,7 +44,9 @@ class Checkpoint:
     given: bool = False  # the caller said the family or the layout
     stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     codec: Announced | None = None  # what the config announces about quantised weights
-    coded: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)  # as `decoded` sees it: by name
+    coded: Mapping[str, Any] | None = field(
+        default=None, compare=False, repr=False
+    )  # as `decoded` sees it: by name
 
     @cached_property
     def layouts(self) -> Mapping[str, Layout]:
@@ -110,8 +112,12 @@ def survey(
         _Shapes(tensors),
         with_scales(candidates_of(family, layout), codec),
         sizes,
-        claimed=lambda name: layout is not None or routers.row(name) is not None or _excused(name, family, sizes)
-        or (codec is None and name.endswith(SUFFIX)),
+        claimed=lambda name: (
+            layout is not None
+            or routers.row(name) is not None
+            or _excused(name, family, sizes)
+            or (codec is None and name.endswith(SUFFIX))
+        ),
         beside=family.passes_over if family is not None and family.beside else _nobody,
         codec=codec,
     )
@@ -165,7 +171,9 @@ def _runtime(part: Part, family: Family | None) -> Part:
 
 
 def _excused(name: str, family: Family | None, sizes: Mapping[str, int]) -> bool:
-    return family is not None and any(fits(pattern, name, sizes) for pattern in (*family.ignorable, *family.beside))
+    return family is not None and any(
+        fits(pattern, name, sizes) for pattern in (*family.ignorable, *family.beside)
+    )
 
 
 def _nobody(name: str) -> bool:

@@ -22,7 +22,9 @@ SUFFIX = "_scale_inv"
 SCALE = ".scale"  # what the role of a companion row ends with
 BLOCK_LIMIT = 2**20
 METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType({"mxfp4": ("mxfp4",), "mxfp8": ("mxfp8",)})
-MODELOPT: Mapping[str, tuple[str, ...]] = MappingProxyType({"NVFP4": ("nvfp4",), "FP8_PB_WO": ("fp8_modelopt",)})
+MODELOPT: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"NVFP4": ("nvfp4",), "FP8_PB_WO": ("fp8_modelopt",)}
+)
 KNOWN = ("fp8", *METHODS, "compressed-tensors", *(f"modelopt {algo}" for algo in MODELOPT))
 COMPRESSED: Mapping[tuple[str, str, int], str] = MappingProxyType({  # by format, type, bits
     ("pack-quantized", "int", 4): "int4_packed",
@@ -104,14 +106,18 @@ def read_codec(config: Mapping[str, object] | None) -> Announced | None:
 def _fp8(said: Mapping[str, object], words: tuple[str, ...]) -> Announced:
     dtype = {"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"}.get(str(said.get("fmt", "e4m3")).lower())
     if dtype is None:
-        raise QuantizationError("fmt e4m3 or e5m2 in quantization_config", show(repr(said["fmt"])), path="config.json")
+        raise QuantizationError(
+            "fmt e4m3 or e5m2 in quantization_config", show(repr(said["fmt"])), path="config.json"
+        )
     block = _block(said.get("weight_block_size"))
     names: tuple[str, ...] = ("fp8_expert", "fp8_tensor") if block is None else ("fp8", "fp8_scale", "fp4")
     if dtype == "F8_E5M2":
         names = ("fp8_e5m2",)
     elif block == (1, 32):
         names = ("mxfp8",)
-    return Announced("fp8", dtype, block, words, tuple(CODECS[name]._replace(block=block or (0, 0)) for name in names))
+    return Announced(
+        "fp8", dtype, block, words, tuple(CODECS[name]._replace(block=block or (0, 0)) for name in names)
+    )
 
 
 def _compressed(said: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[int, int] | None]:
@@ -129,7 +135,12 @@ def _compressed(said: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[int,
         block: tuple[int, int] | None = blocks.get(str(strategy))
         if strategy == "block":
             block = _block(weights.get("block_structure"))
-        plain = weights.get("symmetric", True) is True and weights.get("actorder") in (None, False, "weight", "static")
+        plain = weights.get("symmetric", True) is True and weights.get("actorder") in (
+            None,
+            False,
+            "weight",
+            "static",
+        )
         name = COMPRESSED.get((str(kind), str(weights.get("type")), bits if isinstance(bits, int) else 0))
         if name is None or not plain or block is None or min(block) < 0:
             raise QuantizationError(
@@ -143,7 +154,9 @@ def _compressed(said: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[int,
         found.add(((name,), block))
     if len(found) != 1:
         raise QuantizationError(
-            "one group of weights in compressed-tensors' config_groups", f"{len(found)} that differ", path="config.json"
+            "one group of weights in compressed-tensors' config_groups",
+            f"{len(found)} that differ",
+            path="config.json",
         )
     return found.pop()
 
@@ -156,7 +169,9 @@ def _block(block: object) -> tuple[int, int] | None:
         if all(type(n) is int and 0 < n <= BLOCK_LIMIT for n in block):
             return rows, columns
     raise ConfigError(
-        f"weight_block_size as two whole numbers from 1 to {BLOCK_LIMIT}", show(repr(block)), path="config.json"
+        f"weight_block_size as two whole numbers from 1 to {BLOCK_LIMIT}",
+        show(repr(block)),
+        path="config.json",
     )
 
 
@@ -165,7 +180,9 @@ def with_scales(spellings: Sequence[Spelling], said: Announced | None) -> tuple[
     coded = [
         replace(s, layout=layout, codec=codec)
         for s in spellings
-        if said is not None and is_linear(s.layout) and not any(row.role.endswith(COMPANIONS) for row in s.layout.rows)
+        if said is not None
+        and is_linear(s.layout)
+        and not any(row.role.endswith(COMPANIONS) for row in s.layout.rows)
         for codec in said.codecs
         for layout in coded_layouts(s.layout, codec)
     ]

@@ -203,7 +203,9 @@ def _decide(
     if not full:
         return None, [_mixed_error(path, matched, candidates)]
     # Rows for scales that nobody has met here explain nothing: the same layout without them does.
-    full = [tag for tag in full if _scaled(candidates[tag].layout) <= {role for role, _ in matched[tag]}] or full
+    full = [
+        tag for tag in full if _scaled(candidates[tag].layout) <= {role for role, _ in matched[tag]}
+    ] or full
     tried = [(tag, *_fit(path, matched[tag], candidates[tag], shapes, known)) for tag in full]
     fits = [(module, errors) for _, module, errors in tried if not errors]
     if len({module.layout for module, _ in fits}) == 1:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from restow.layout import Sizes
 from restow.notation import Labels, Number, Row
 
-
 ENDLESS = 1 << 62
 
 

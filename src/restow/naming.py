@@ -28,7 +28,9 @@ def renamed(name: str, rename: Rename) -> str | None:
 def check_rename(rename: Rename) -> None:
     """Raise `UsageError` for what is neither pairs of runs nor a table."""
     if isinstance(rename, Mapping):
-        bad: list[object] = [key for key, value in rename.items() if value is not None and not isinstance(value, str)]
+        bad: list[object] = [
+            key for key, value in rename.items() if value is not None and not isinstance(value, str)
+        ]
     else:
         bad = [rule for rule in rename if not (isinstance(rule, tuple | list) and len(rule) == 2 and rule[0])]
     if bad:

@@ -58,7 +58,12 @@ def open_checkpoint(
         codec = read_codec(config)
     except RestowError as error:
         problems.append(Problem(error, True))
-    shared: dict[str, Any] = {"codec": codec, "path": folder.root, "given": given, "layout": layout_of(layout, known)}
+    shared: dict[str, Any] = {
+        "codec": codec,
+        "path": folder.root,
+        "given": given,
+        "layout": layout_of(layout, known),
+    }
     shared["stamps"] = {header.file: header.stamp for header in folder.headers}
     try:
         found = survey(folder.tensors, family=known, config=config, problems=tuple(problems), **shared)

@@ -375,7 +375,9 @@ class _Draft:
         return Plan(
             parts=tuple(
                 self.parts[i]._replace(scales=tuple(place[k] for k in self.parts[i].scales)) for i in order
-            ) if self.codings else tuple(self.parts[i] for i in order),
+            )
+            if self.codings
+            else tuple(self.parts[i] for i in order),
             targets=tuple(self.chosen.values()),
             patterns=tuple(self.patterns),
             copies=tuple(copies),
@@ -407,7 +409,9 @@ def _plain_sizes(shape: Sequence[int]) -> tuple[tuple[str, int], ...]:
     return freeze({f"x{i}": n for i, n in enumerate(shape)})
 
 
-Lost = tuple[Module, str, Sequence[int]]  # an experts module, a role, the places of tensors that are not there
+Lost = tuple[
+    Module, str, Sequence[int]
+]  # an experts module, a role, the places of tensors that are not there
 
 
 def _lost_error(source: Checkpoint, lost: Sequence[Lost]) -> MissingTensorError:
@@ -438,4 +442,13 @@ def _lost_error(source: Checkpoint, lost: Sequence[Lost]) -> MissingTensorError:
     )
 
 
-__all__ = ["Prepared", "default_targets", "make_plan", "pair_others", "plan_of", "prepare", "raise_fatal", "refuse"]
+__all__ = [
+    "Prepared",
+    "default_targets",
+    "make_plan",
+    "pair_others",
+    "plan_of",
+    "prepare",
+    "raise_fatal",
+    "refuse",
+]

@@ -150,13 +150,25 @@ class Plan:
             for number, scale in enumerate(self.parts[i] for i in part.scales):
                 width, strides = DTYPE_BITS[scale.dtype] // 8, strides_of(coding.grids[number].shape)
                 box = scale_box(coding, number, at, some, steps)
-                base = scale.begin + width * sum(low * step for (low, _), step in zip(box, strides, strict=True))
+                base = scale.begin + width * sum(
+                    low * step for (low, _), step in zip(box, strides, strict=True)
+                )
                 for offset, length in read_runs(tuple(n for _, n in box), strides, width):
                     yield scale.file, base + offset, base + offset + length
 
     def to_json(self) -> str:
         """The plan as JSON text; `Plan.from_json` gives an equal plan back."""
-        names = ("parts", "targets", "patterns", "copies", "missing", "unused", "passed", "layouts", "codings")
+        names = (
+            "parts",
+            "targets",
+            "patterns",
+            "copies",
+            "missing",
+            "unused",
+            "passed",
+            "layouts",
+            "codings",
+        )
         body = {name: getattr(self, name) for name in names}
         return json.dumps({"restow_plan": VERSION, **body}, separators=(",", ":"))
 

@@ -66,7 +66,9 @@ def _errors(found: Checkpoint, codec: Announced, dtypes: Mapping[str, str]) -> I
         )
     shapes = {name: found.tensors[name].shape for name in weights if name + SUFFIX in found.tensors}
     shapes = shapes if codec.method == "fp8" else {}
-    grids = [(n + SUFFIX, list(codec.grid(shape)), found.tensors[n + SUFFIX].shape) for n, shape in shapes.items()]
+    grids = [
+        (n + SUFFIX, list(codec.grid(shape)), found.tensors[n + SUFFIX].shape) for n, shape in shapes.items()
+    ]
     wrong = [(name, f"{want}", shape) for name, want, shape in grids if tuple(want) != tuple(shape)]
     if wrong:
         yield odd_grids(wrong, codec)
@@ -89,11 +91,15 @@ def _dtypes_wrong(module: Module, dtypes: Mapping[str, str]) -> Iterator[str]:
     known = {companion.role: companion.dtypes for companion in module.codec.scales}
     for role, names in module.tensors.items():
         base, _, end = role.partition(".")
-        allowed = module.codec.dtypes if end in ("", "codes") and base in ("in", "out") else known.get(f".{end}")
+        allowed = (
+            module.codec.dtypes if end in ("", "codes") and base in ("in", "out") else known.get(f".{end}")
+        )
         yield from (name for name in names if name is not None and allowed and dtypes[name] not in allowed)
 
 
-def _strange(found: Checkpoint, module: Module, names: Sequence[str], dtypes: Mapping[str, str]) -> QuantizationError:
+def _strange(
+    found: Checkpoint, module: Module, names: Sequence[str], dtypes: Mapping[str, str]
+) -> QuantizationError:
     assert module.codec is not None
     kinds = sorted({dtype for scale in module.codec.scales for dtype in scale.dtypes})
     return QuantizationError(
@@ -126,7 +132,9 @@ def scales_of(found: Checkpoint) -> dict[str, str]:
     return {
         name: name.removesuffix(SUFFIX)
         for name in names
-        if name.endswith(SUFFIX) and name.removesuffix(SUFFIX) in found.tensors and found.tensors[name].dtype in SCALES
+        if name.endswith(SUFFIX)
+        and name.removesuffix(SUFFIX) in found.tensors
+        and found.tensors[name].dtype in SCALES
     }
 
 

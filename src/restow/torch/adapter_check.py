@@ -52,7 +52,9 @@ class CheckReport:
         for word, found in (("dropped", self.dropped), ("misread", self.misread)):
             lines += [f"  {word}: {show(name)}" for name in found[:20]]
             lines += [f"  ... {len(found) - 20} more {word}"] if len(found) > 20 else []
-        lines += [f"  rescaled by {factor:.6g}: {show(name)}" for name, factor in list(self.rescaled.items())[:20]]
+        lines += [
+            f"  rescaled by {factor:.6g}: {show(name)}" for name, factor in list(self.rescaled.items())[:20]
+        ]
         if not self.ok:
             lines.append('  try: restow.lora.convert(..., to="peft") and check the result')
         return "\n".join(lines)
@@ -100,7 +102,9 @@ def check(
                 misread.append(name)
             elif verdict != 1:
                 rescaled[name] = verdict
-        return CheckReport(peft.__version__, count, "", tuple(dropped), rescaled, tuple(misread), _texts(caught))
+        return CheckReport(
+            peft.__version__, count, "", tuple(dropped), rescaled, tuple(misread), _texts(caught)
+        )
 
 
 def _texts(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
@@ -113,13 +117,17 @@ def _model(base: Base) -> Any:
 
     if base.path is None:
         raise UsageError("a base's folder", "a family alone")
-    config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(
+        base.path, trust_remote_code=False, local_files_only=True
+    )
     name = (config.architectures or [""])[0]
     cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
     build = getattr(cls, "_from_config", None) or cls.from_config
     with torch.device("meta"):
         model = build(config)
-    for module in model.modules():  # PEFT moves what it computes to the base's device: one number, seen everywhere
+    for (
+        module
+    ) in model.modules():  # PEFT moves what it computes to the base's device: one number, seen everywhere
         for key, weight in list(module._parameters.items()):
             if weight is not None:
                 hollow = torch.zeros((), dtype=torch.float32).expand(weight.shape)

@@ -63,7 +63,9 @@ class LoraReport:
             lines.append(f"  which side lora_A faces was decided by {', '.join(sorted(decided))}")
         if self.rounded:
             some = ", ".join(map(show, self.rounded[:3]))
-            lines.append(f"  rounded (kept exact beside, for the way back): {some} ({len(self.rounded)} in all)")
+            lines.append(
+                f"  rounded (kept exact beside, for the way back): {some} ({len(self.rounded)} in all)"
+            )
         lines += [f"  {note}" for note in self.notes[:20]]
         if len(self.notes) > 20:
             lines.append(f"  ... {len(self.notes) - 20} more")
@@ -74,7 +76,9 @@ def resolve(to: str, base: Base) -> tuple[Format, str]:
     """The format that a name means here, and the PEFT version that reads it: for `peft`, the one that is installed."""
     fmt = format_of(to, base.family)
     if to != "peft":
-        return fmt, {"0.18": "0.17 to 0.18.1", "0.19.0": "0.19.0", "0.19.1": "0.19.1 or later"}.get(fmt.era, "")
+        return fmt, {"0.18": "0.17 to 0.18.1", "0.19.0": "0.19.0", "0.19.1": "0.19.1 or later"}.get(
+            fmt.era, ""
+        )
     try:
         version = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
@@ -119,7 +123,9 @@ def convert(
         fmt, reader = resolve(to, known)
         adapter = read_adapter(file.shapes, file.config, known, Options(faces, outer, expert_major))
         version = version_of(to)
-        job = make_job(adapter, known, fmt, file.stamp, file.get, file.dtypes, file.shapes, version, file.original)
+        job = make_job(
+            adapter, known, fmt, file.stamp, file.get, file.dtypes, file.shapes, version, file.original
+        )
         written = write(job, target, root=file.root, size=file.size, replace=replace)
         file.check()
     passed = len(job.passed)
@@ -145,7 +151,11 @@ def write(
     """Publish a conversion's result; `root` is the source's folder, whose other files come along."""
     metadata = {"format": "pt", KEY: job.out_stamp.text()}
     outs = [(MODEL, new_files(job.specs, 1 << 62, metadata)[0], job.tensors)]
-    kept = sorted((key, dtype_name(t.dtype), tuple(t.shape)) for key, t in job.originals()) if job.rounded else []
+    kept = (
+        sorted((key, dtype_name(t.dtype), tuple(t.shape)) for key, t in job.originals())
+        if job.rounded
+        else []
+    )
     if kept:
         outs.append((ORIGINALS, new_files(kept, 1 << 62, {})[0], job.originals))
     small = dict(side_files(root).files) if root is not None else {}

@@ -147,7 +147,11 @@ class Deltas:
                 if block.role == "in" and label not in block.labels:
                     continue
                 scale = self._config.scale(block.rank, block.alpha)
-                b = block.b[axes["e"], block.labels.index(label)] if block.role == "in" else block.b[axes["e"]]
+                b = (
+                    block.b[axes["e"], block.labels.index(label)]
+                    if block.role == "in"
+                    else block.b[axes["e"]]
+                )
                 delta = product_of(b, block.a[axes["e"]], scale, tensor.dtype)
                 key = (block.path, block.role, str(axes["e"]), str(label))
                 book.apply(block.role, key, view, delta)
@@ -197,4 +201,6 @@ def leaves(goal: Experts, tensor: torch.Tensor, first: int) -> Iterator[tuple[di
 
 def roles_text(roles: Mapping[str, Kept]) -> Sequence[str]:
     """A line for each role."""
-    return [f"{role}: {kept.count:,} deltas, {kept.share:.1%} of their norm kept" for role, kept in roles.items()]
+    return [
+        f"{role}: {kept.count:,} deltas, {kept.share:.1%} of their norm kept" for role, kept in roles.items()
+    ]

@@ -78,7 +78,14 @@ def relay(
 
 @lru_cache(maxsize=256)
 def _moves(
-    source: Row, sizes: Frozen, count: int, target: Row, target_sizes: Frozen, into: int, take: Take, held: Runs
+    source: Row,
+    sizes: Frozen,
+    count: int,
+    target: Row,
+    target_sizes: Frozen,
+    into: int,
+    take: Take,
+    held: Runs,
 ) -> tuple[Move, ...]:
     full = (whole(shape_of(source, dict(sizes))),)
     return moves(Side(source, sizes, (full,) * count), Side(target, target_sizes, ((held,),) * into), take)
@@ -106,7 +113,9 @@ def _canonical(pair: Pair, factor: Factor, row: Row, get: Get) -> torch.Tensor:
     source = {**factor.sizes, "e": count} if "e" in factor.row.name_axes else factor.sizes
     relay(factor.row, source, tensors, row, sizes, [out], take=take)
     if not bool(torch.isfinite(out.sum(dtype=torch.float64 if dtype == torch.float64 else torch.float32))):
-        _check_finite(factor.names, tensors)  # one pass over all, and a second only where a sum can have run over
+        _check_finite(
+            factor.names, tensors
+        )  # one pass over all, and a second only where a sum can have run over
     if sizes["e"] == count:
         return out
     full = torch.zeros((count, *out.shape[1:]), dtype=dtype)
@@ -194,7 +203,9 @@ def joined(blocks: Sequence[Block], labels: int, rslora: bool) -> tuple[Block, l
         folded += [(block, ratio)] if ratio != 1 else []
     experts = tuple(sorted({i for block in blocks for i in block.experts}))
     alpha = first.alpha if rank == first.rank else alpha_of(rank, scale, rslora)
-    return replace(first, labels=tuple(range(labels)), rank=rank, alpha=alpha, experts=experts, a=a, b=b), folded
+    return replace(
+        first, labels=tuple(range(labels)), rank=rank, alpha=alpha, experts=experts, a=a, b=b
+    ), folded
 
 
 def times(tensor: torch.Tensor, ratio: float) -> torch.Tensor:

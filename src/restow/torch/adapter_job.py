@@ -67,14 +67,21 @@ class Job:
         plains = {plain.names[1]: plain for plain in self.adapter.plain}
         for name, source in self.passed.items():
             if source in plains:
-                yield name, _plain_b(plains[source], self.adapter.config, self.stamp, self.get, self.original, self.scale)[0]
+                yield (
+                    name,
+                    _plain_b(
+                        plains[source], self.adapter.config, self.stamp, self.get, self.original, self.scale
+                    )[0],
+                )
             else:
                 yield name, self.get(source)
 
     def originals(self) -> Iterator[tuple[str, torch.Tensor]]:
         """B as it was, by key, of what multiplying rounded: kept beside the adapter, so that the way back is exact."""
         for pairs in self.adapter.modules.values():
-            module = arrange(pairs, self.get, self.fmt, self.base, self.adapter.config, self.stamp, self.original)
+            module = arrange(
+                pairs, self.get, self.fmt, self.base, self.adapter.config, self.stamp, self.original
+            )
             yield from module.originals.items()
             if self.scale is not None:
                 for block in module.blocks:
@@ -90,7 +97,9 @@ class Job:
         module = arrange(pairs, self.get, self.fmt, self.base, self.adapter.config, self.stamp, self.original)
         if self.scale is None:
             return module
-        return replace(module, blocks=tuple(fold(b, self.adapter.config, self.scale)[0] for b in module.blocks))
+        return replace(
+            module, blocks=tuple(fold(b, self.adapter.config, self.scale)[0] for b in module.blocks)
+        )
 
 
 def _ratio(scale: float, one: float) -> float:
@@ -159,7 +168,9 @@ def make_job(
         rounded += [key for key, scale in mine.items() if not exact(scale / one)]
         folded.update(mine)
         if mine:
-            notes.append(f"{len(mine)} modules have another scale than {one:g}; the ratio was multiplied into B")
+            notes.append(
+                f"{len(mine)} modules have another scale than {one:g}; the ratio was multiplied into B"
+            )
     raw = _config(adapter, base, fmt, stamp, carry, want, installed, notes)
     first = next(iter(adapter.faces.values()), ("", ""))[0]
     kind = next(iter(adapter.kinds.values())).kind if adapter.kinds else "none"
@@ -218,7 +229,9 @@ def _carried(config: AdapterConfig, stamp: Stamp, fmt: Format) -> AdapterConfig:
         return config
     fields = {k: v for k, v in stamp.origin.fields.items() if k in FIELDS[:5]}
     try:
-        first = adapter_config({**{k: v for k, v in config.raw.items() if k not in FIELDS[:5]}, **fields}, config.path)
+        first = adapter_config(
+            {**{k: v for k, v in config.raw.items() if k not in FIELDS[:5]}, **fields}, config.path
+        )
     except AdapterError:
         return config
     return replace(config, rank=first.rank, alpha=first.alpha, rslora=first.rslora, ranks=first.ranks,
@@ -300,7 +313,9 @@ def _by_weight(adapter: Adapter, base: Base, fmt: Format) -> list[str]:
     for plain in adapter.plain:
         module, leaf = plain.module, plain.module.rpartition(".")[2]
         named = any(_ends(f"{module}.weight", t) for t in given)
-        taken = fmt.kind == "wrapper" and fmt.era == "0.19.1" and leaf in RENAMED and len(base.family.labels) > 1
+        taken = (
+            fmt.kind == "wrapper" and fmt.era == "0.19.1" and leaf in RENAMED and len(base.family.labels) > 1
+        )
         back = named and fmt.kind == "expert" and leaf in RENAMED and leaf != "gate"
         known = base.checkpoint is None or base.family.canonical(module) in linear
         if (named and not back) or (taken and known):

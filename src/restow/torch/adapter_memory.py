@@ -72,14 +72,18 @@ def _job(
 ) -> Job:  # fmt: skip
     for name, tensor in state.items():
         if isinstance(tensor, DTensor):
-            raise AdapterError("whole tensors", f"a DTensor as {show(name)}", tensor=name, hint="save() gathers them")
+            raise AdapterError(
+                "whole tensors", f"a DTensor as {show(name)}", tensor=name, hint="save() gathers them"
+            )
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     known = base_of(base, family, (config or {}).get("base_model_name_or_path"))
     said = adapter_config(config) if config is not None else _guess(shapes, known)
     fmt, _ = resolve(to, known)
     adapter = read_adapter(shapes, said, known, options)
     dtypes = {name: dtype_name(tensor.dtype) for name, tensor in state.items()}
-    return make_job(adapter, known, fmt, Stamp(), lambda name: state[name].detach(), dtypes, shapes, version_of(to))
+    return make_job(
+        adapter, known, fmt, Stamp(), lambda name: state[name].detach(), dtypes, shapes, version_of(to)
+    )
 
 
 def _guess(shapes: Mapping[str, tuple[int, ...]], base: Base) -> AdapterConfig:
@@ -163,7 +167,11 @@ def _fill(job: Job, places: Mapping[str, Slot], shard: Shard | None) -> None:
             slot = places[_key(job.base, name.removeprefix(PREFIX))]
             part = tensor
             for dim, runs in enumerate(slot.target.runs):
-                part = torch.cat([part.narrow(dim, start, n) for start, n in runs], dim) if runs else part.narrow(dim, 0, 0)
+                part = (
+                    torch.cat([part.narrow(dim, start, n) for start, n in runs], dim)
+                    if runs
+                    else part.narrow(dim, 0, 0)
+                )
             slot.local.copy_(part)
 
 

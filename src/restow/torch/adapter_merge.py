@@ -121,7 +121,12 @@ class _Merge:
     book: Book
 
     def write(
-        self, root: str, files: list[str], target: str | os.PathLike[str], replace: bool, want: set[tuple[str, ...]]
+        self,
+        root: str,
+        files: list[str],
+        target: str | os.PathLike[str],
+        replace: bool,
+        want: set[tuple[str, ...]],
     ) -> int:
         folder = Path(root)
         small = dict(side_files(root).files)
@@ -164,7 +169,9 @@ class _Merge:
         """A whole tensor of the adapter (modules_to_save, a bias) in the base's dtype."""
         value = self.file.get(goal)
         if tuple(value.shape) != tensor.shape:
-            raise AdapterError(f"shape {list(tensor.shape)} for {show(goal)}", f"{list(value.shape)}", tensor=goal)
+            raise AdapterError(
+                f"shape {list(tensor.shape)} for {show(goal)}", f"{list(value.shape)}", tensor=goal
+            )
         staging.write(file, tensor.begin, bytes_of(value.to(torch_dtype(tensor.dtype)).contiguous()))
         self.book.done.add((goal,))
 

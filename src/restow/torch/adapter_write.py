@@ -121,7 +121,9 @@ def arrange(
     absent = [b for b in blocks if len(b.experts) < b.a.shape[0]]
     if absent and fmt.kind not in ("expert",):
         b = absent[0]
-        notes.append(f"{show(to)}: {len(b.experts)} of {b.a.shape[0]} experts are adapted; the others hold zeros")
+        notes.append(
+            f"{show(to)}: {len(b.experts)} of {b.a.shape[0]} experts are adapted; the others hold zeros"
+        )
     return Module(to, tuple(replace(b, path=to) for b in blocks), keep, tuple(notes),
                   folded, originals)  # fmt: skip
 
@@ -133,7 +135,9 @@ def _said(ins: Sequence[Block], one: Block, path: str) -> list[str]:
     return [f"{show(path)}: gate and up have A of their own; side by side, rank {one.rank}"]
 
 
-def _apart(ins: Sequence[Block], known: tuple[tuple[Place, ...], int] | None, rslora: bool) -> tuple[list[Block], int]:
+def _apart(
+    ins: Sequence[Block], known: tuple[tuple[Place, ...], int] | None, rslora: bool
+) -> tuple[list[Block], int]:
     """One block a projection; and the joined rank, where blocks lay side by side."""
     found: list[Block] = []
     cut = 0
@@ -267,7 +271,9 @@ def wanted(module: Module, source: str, fmt: Format, base: Base, config: Adapter
         scale = config.scale(block.rank, block.alpha)
         if fmt.kind == "expert":
             row = one_label(rows("expert", family)[f"{block.role}.A"], (block.labels or (0,))[0])
-            leaf = name_of(replace_number(row), (0,) * (len(row.name_axes) - 1), {}).removesuffix(".lora_A.weight")
+            leaf = name_of(replace_number(row), (0,) * (len(row.name_axes) - 1), {}).removesuffix(
+                ".lora_A.weight"
+            )
             names = tuple(f"{module.path}.{e}.{leaf}" for e in block.experts)
             found.append(Wanted(names, rf"{container}\..*\.{leaf}", block.rank, scale))
             continue

@@ -53,7 +53,10 @@ def judge_alone(
         found += _files(folder, record, threads)
     if digests is not None:
         names = set(digests) ^ set(checkpoint.tensors)
-        found += [Difference("missing" if n in digests else "extra", n, why="by the manifest") for n in sorted(names)]
+        found += [
+            Difference("missing" if n in digests else "extra", n, why="by the manifest")
+            for n in sorted(names)
+        ]
     targets = {n: whole_target(n, e.shape, e.dtype) for n, e in checkpoint.tensors.items()}
     own = Prepared(checkpoint, targets, Wish(), {}, {}, {}, {name: name for name in targets})
     hashes: dict[str, xxhash.xxh3_128] = {}
@@ -72,7 +75,9 @@ def judge_alone(
     read = stream(own, parts, look, threads=threads, progress=show_progress, chunk=PART)
     if digests is not None:
         wrong = [n for n, h in hashes.items() if digests.get(n, h.hexdigest()) != h.hexdigest()]
-        found += [_placed(checkpoint, one) for one in leaf_differences(checkpoint, record or {}, wrong, threads)]
+        found += [
+            _placed(checkpoint, one) for one in leaf_differences(checkpoint, record or {}, wrong, threads)
+        ]
     problems = (*values.problems(), *(tie.problems() if sample is None else ()), *checkpoint.problems)
     refused = [p.error for p in problems if (strict or p.fatal) and p not in checkpoint.problems]
     refused += [p.error for p in checkpoint.problems if strict]
@@ -114,7 +119,9 @@ def _files(folder: Path, record: Mapping[str, object], threads: int | None) -> I
         elif "sha256" in facts:
             asked.append((name, facts["sha256"]))
     with ThreadPoolExecutor(threads or 4) as pool:
-        for (name, wanted), got in zip(asked, pool.map(lambda one: _sha256(folder / one[0]), asked), strict=True):
+        for (name, wanted), got in zip(
+            asked, pool.map(lambda one: _sha256(folder / one[0]), asked), strict=True
+        ):
             if got != wanted:
                 yield Difference("digest", name, why="other bytes than its manifest recorded (sha256)")
 
@@ -122,6 +129,3 @@ def _files(folder: Path, record: Mapping[str, object], threads: int | None) -> I
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-

@@ -76,7 +76,9 @@ def check_load(
         there = source.modules[prepared.pairs[path]]
         companions = [r for r in there.tensors if r.startswith(f"{role}.") and not r.endswith(".bias")]
         if companions or role not in there.tensors:
-            skipped.append(name)  # decoded on the way: there is nothing of this form in the files to compare with
+            skipped.append(
+                name
+            )  # decoded on the way: there is nothing of this form in the files to compare with
             continue
         experts = chosen_experts(prepared.wish.experts, there.path, there.sizes.get("e", 0))
         local = locals_[name]
@@ -93,7 +95,10 @@ def check_load(
         here = plain_sum(target.shape, target.runs, local)
         chosen = _chosen(prepared, from_name, target)
         plain.setdefault(from_name, []).append(_Plain(target, local.dtype, chosen, here))
-    problems = (*_sum_sources(source, leaves, plain, memory, threads), *_decoded(prepared, targets, locals_, skipped))
+    problems = (
+        *_sum_sources(source, leaves, plain, memory, threads),
+        *_decoded(prepared, targets, locals_, skipped),
+    )
     wrong = [h for held in leaves.values() for h in held if h.here != h.there & MASK]
     odd = [p for held in plain.values() for p in held if p.here != p.there & MASK]
     if wrong or odd:
@@ -110,7 +115,10 @@ def check_load(
 
 
 def _decoded(
-    prepared: Prepared, targets: Mapping[str, Target], locals_: Mapping[str, torch.Tensor], names: Sequence[str]
+    prepared: Prepared,
+    targets: Mapping[str, Target],
+    locals_: Mapping[str, torch.Tensor],
+    names: Sequence[str],
 ) -> tuple[Problem, ...]:
     """What the values show that were decoded on the way: NaN among the codes."""
     seen = Values({}, source_names(prepared))
@@ -128,7 +136,9 @@ def _chosen(prepared: Prepared, name: str, target: Target) -> tuple[int, tuple[i
         return None
     at = next(i for i, dim in enumerate(row.dims) if str(dim) == "e")
     words = name.split(".")
-    path = max(prepared.source.modules, key=lambda p: sum(a == b for a, b in zip(p.split("."), words, strict=False)))
+    path = max(
+        prepared.source.modules, key=lambda p: sum(a == b for a, b in zip(p.split("."), words, strict=False))
+    )
     experts = chosen_experts(wish.experts, path, shape[at])
     return None if experts is None else (at, experts)
 
@@ -165,7 +175,9 @@ def _sum_sources(
                     continue
                 r, c = rows[0] - view.rows[0], cols[0] - view.cols[0]
                 matrix = view.matrix[r : r + rows[1], c : c + cols[1]].to(part.dtype)
-                part.there += bilinear(matrix, torch.arange(rows[0], sum(rows)), torch.arange(cols[0], sum(cols)))
+                part.there += bilinear(
+                    matrix, torch.arange(rows[0], sum(rows)), torch.arange(cols[0], sum(cols))
+                )
     return (*values.problems(), *(tie.problems() if source.path is not None else ()))
 
 
@@ -210,7 +222,9 @@ def _offset(parts: Iterator[Slice], whole: Target, runs: Runs) -> Iterator[Slice
     """Slices of one expert as slices of the stack: the first dim's run is the expert's."""
     stride = prod(whole.shape[1:]) * torch_dtype(whole.dtype).itemsize
     for part in parts:
-        yield Slice(whole._replace(runs=(runs[0], *part.target.runs[1:])), runs[0][0][0] * stride + part.offset)
+        yield Slice(
+            whole._replace(runs=(runs[0], *part.target.runs[1:])), runs[0][0][0] * stride + part.offset
+        )
 
 
 def _read(
@@ -250,4 +264,3 @@ def _part(one: Filled, held: _Plain) -> int:
             tensor = tensor.index_select(dim, torch.cat(places))
         shared.append(parts)
     return plain_sum(held.target.shape, tuple(shared), tensor.to(held.dtype))
-

@@ -174,7 +174,12 @@ def convert(
 
 
 def _prepare(
-    opened: Checkpoint, to: str | Layout, experts: Experts, dtype: torch.dtype | None, max_bytes: int, keep: bool
+    opened: Checkpoint,
+    to: str | Layout,
+    experts: Experts,
+    dtype: torch.dtype | None,
+    max_bytes: int,
+    keep: bool,
 ) -> _Job:
     if opened.path is None or not opened.modules:
         raise UsageError("a checkpoint with experts", "none", path=opened.path)
@@ -205,7 +210,9 @@ def _prepare(
         sides["config.json"] = _mended(opened, wish, sides.get("config.json"))
     metadata = {"format": "pt"}
     files = new_files(((t.name, t.dtype, t.shape) for t in prepared.targets.values()), max_bytes, metadata)
-    why_not = "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
+    why_not = (
+        "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
+    )
     if decoded_from:
         why_not = f"values were decoded from {', '.join(decoded_from)}"
     return _Job(
@@ -476,7 +483,13 @@ def _decoded_lossy(prepared: Prepared, name: str, dtype: str) -> list[str]:
     if name in prepared.owners:
         path, role, _ = prepared.owners[name]
         names = [n for n in source.modules[prepared.pairs[path]].tensors[role] if n is not None]
-    return sorted({codec.name for codec in (source.coded.codec(n) for n in names if n in source.coded) if rounds(codec, dtype)})
+    return sorted(
+        {
+            codec.name
+            for codec in (source.coded.codec(n) for n in names if n in source.coded)
+            if rounds(codec, dtype)
+        }
+    )
 
 
 def _identity(opened: Checkpoint) -> dict[str, int]:

@@ -29,13 +29,17 @@ from restow.torch.verify_report import Difference
 class Leaves:
     """The digests of the leaves of expert tensors that pass by; `look` is called by one thread."""
 
-    def __init__(self, modules: Mapping[str, Module], owners: Mapping[str, Owner], family: Family | None) -> None:
+    def __init__(
+        self, modules: Mapping[str, Module], owners: Mapping[str, Owner], family: Family | None
+    ) -> None:
         self._modules, self._owners, self._family = modules, owners, family
         self._open: dict[str, tuple[xxhash.xxh3_128, int]] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self.found: dict[str, str] = {}
         self.places: dict[str, tuple[str, Leaf]] = {}  # key -> module path, leaf
-        self._firsts: dict[str, tuple[str, tuple[int, ...], int]] = {}  # key -> its first element, and its bytes
+        self._firsts: dict[
+            str, tuple[str, tuple[int, ...], int]
+        ] = {}  # key -> its first element, and its bytes
 
     def look(self, filled: Filled, digest: str | None = None) -> None:
         """Hash the leaves in a slice; `digest` is that of the whole tensor, where the slice is all of it."""
@@ -87,7 +91,9 @@ class Leaves:
         if self._scratch.numel() < matrix.nbytes:
             self._scratch = torch.empty(matrix.nbytes, dtype=torch.uint8)
         flat = self._scratch[: matrix.nbytes].view(matrix.dtype)
-        if matrix.stride(0) == 1 and matrix.stride(1) != 1:  # turned: the kernel wants the contiguous side first
+        if (
+            matrix.stride(0) == 1 and matrix.stride(1) != 1
+        ):  # turned: the kernel wants the contiguous side first
             move(flat.view(matrix.shape).t(), matrix.t())
         else:
             move(flat.view(matrix.shape), matrix)
@@ -147,7 +153,9 @@ def leaf_differences(
         text = why(where[key], (digest, ""), places, {}, _order(leaves.found, theirs, where, labels))
         name = names[key]
         told.add(name)
-        found.append(Difference("digest", name, where[key], why=why_not + (f"; {text}" if text else ""), labels=labels))
+        found.append(
+            Difference("digest", name, where[key], why=why_not + (f"; {text}" if text else ""), labels=labels)
+        )
     return found + [Difference("digest", name, why=why_not) for name in wrong if name not in told]
 
 
@@ -168,4 +176,3 @@ def _leaf_of(key: str, labels: Sequence[str]) -> Leaf | None:
     if not e.isdecimal() or word not in (*labels, "down"):
         return None
     return ("out", int(e), 0) if word == "down" else ("in", int(e), labels.index(word))
-

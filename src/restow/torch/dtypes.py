@@ -16,7 +16,9 @@ _NAMES = {
     "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
-TORCH = MappingProxyType({name: getattr(torch, word) for name, word in _NAMES.items() if hasattr(torch, word)})
+TORCH = MappingProxyType(
+    {name: getattr(torch, word) for name, word in _NAMES.items() if hasattr(torch, word)}
+)
 NAME = MappingProxyType({dtype: name for name, dtype in TORCH.items()})
 
 # (bits of precision, largest exponent, smallest exponent): a float type holds another if all three reach as far

@@ -64,7 +64,9 @@ def fingerprint(
     known = family_of(family)
     found: dict[str, int] = {}
     if isinstance(source, str | os.PathLike | Checkpoint):
-        opened = source if isinstance(source, Checkpoint) else open_checkpoint(source, family=known, layout=layout)
+        opened = (
+            source if isinstance(source, Checkpoint) else open_checkpoint(source, family=known, layout=layout)
+        )
         parts = _of_checkpoint(opened, threads)
     else:
         parts = _of_state(source, known, layout)
@@ -148,7 +150,9 @@ def _of_tensor(
 def plain_sum(shape: tuple[int, ...], runs: Runs, local: torch.Tensor) -> int:
     """A tensor outside the experts: rows are all dims but the last, flattened as in the whole tensor."""
     if not shape:
-        return bilinear(local.reshape(1, 1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+        return bilinear(
+            local.reshape(1, 1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        )
     index = [torch.cat([torch.arange(a, a + n) for a, n in dim]) for dim in runs]
     rows = torch.zeros(1, dtype=torch.int64)
     for i, dim in enumerate(index[:-1]):

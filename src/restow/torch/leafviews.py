@@ -56,7 +56,9 @@ def leaf_views(
     for box in boxes_of(row, module.sizes, runs):
         at = {axis: (i, 1) for axis, i in named.items()} | dict(zip(box.axes, box.runs, strict=True))
         step = dict(zip(box.axes, (int(n * local.stride(dim)) for dim, n in box.steps), strict=True))
-        base = int(local.storage_offset()) + sum(int(i * s) for i, s in zip(box.start, local.stride(), strict=True))
+        base = int(local.storage_offset()) + sum(
+            int(i * s) for i, s in zip(box.start, local.stride(), strict=True)
+        )
         inner = inner_axes(row, at)
         rest, (rows, cols) = inner[:-2], ["", "", *inner][-2:]
         r, c = at.get(rows, ONE), at.get(cols, ONE)

@@ -222,7 +222,9 @@ def _outer_path(module: Module, family: Family | None, back: Rename) -> str:
     """Where the experts of a module lie in the files."""
     if not isinstance(back, Mapping):
         return _outer_name(module.path, None, back)
-    name = _outer_name(next(n for names in module.tensors.values() for n in names if n is not None), None, back)
+    name = _outer_name(
+        next(n for names in module.tensors.values() for n in names if n is not None), None, back
+    )
     before, gap, _ = name.partition("..")  # where the table has an expert's number, a stack has none
     if gap:
         return before

@@ -84,7 +84,9 @@ def _no_experts(state: Mapping[str, torch.Tensor], given: Layout | None) -> Ambi
     )
 
 
-def as_view(plan: Plan, target: int, copies: list[Copy], state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+def as_view(
+    plan: Plan, target: int, copies: list[Copy], state: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
     """The target as a view of the one source tensor that all its copies come from, or None where strides cannot say it.
 
     Every copy gives a source place and stride for the destination's lattice; a view exists if one stride per dim

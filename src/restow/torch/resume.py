@@ -30,7 +30,12 @@ def work_of(opened: Checkpoint, prepared: Prepared, files: Sequence[OutFile], *m
     """A digest of everything that the bytes of a conversion follow from: the source's files, and what is asked."""
     digest = xxhash.xxh3_128()
     layouts = {path: str(module.layout) for path, module in prepared.modules.items()}
-    facts = [sorted(opened.stamps.items()), layouts, sorted(prepared.plain.items()), sorted(prepared.pairs.items())]
+    facts = [
+        sorted(opened.stamps.items()),
+        layouts,
+        sorted(prepared.plain.items()),
+        sorted(prepared.pairs.items()),
+    ]
     digest.update(json.dumps([*facts, *(repr(one) for one in more)]).encode())
     for file in files:
         digest.update(f"\n{file.name} {file.size}\n".encode() + file.head)
@@ -42,7 +47,9 @@ def note_of(file: OutFile, digests: Digests) -> dict[str, object]:
     return {"tensors": {t.name: digests.tensors[t.name] for t in file.tensors}}
 
 
-def recognised(folder: Path, file: OutFile, note: Mapping[str, object], prepared: Prepared, digests: Digests) -> bool:
+def recognised(
+    folder: Path, file: OutFile, note: Mapping[str, object], prepared: Prepared, digests: Digests
+) -> bool:
     """Whether a staged file holds what its note says and what this run would write; then `digests` has seen it."""
     wanted = note.get("tensors")
     if not isinstance(wanted, dict) or wanted.keys() != {tensor.name for tensor in file.tensors}:

@@ -78,7 +78,7 @@ def named_as(slots: Slots, known: Callable[[str], bool]) -> Slots:
         for name, slot in slots.slots.items()
     }
     aliases = {name: swaps.get(first, first) for name, first in slots.aliases.items()}
-    aliases |= {first: name for first, name in swaps.items()}
+    aliases |= swaps
     return slots._replace(slots=renamed, aliases={n: f for n, f in aliases.items() if n != f})
 
 

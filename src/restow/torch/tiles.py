@@ -45,7 +45,8 @@ def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:
 def simplified(sizes: Sequence[int], source: Sequence[int], target: Sequence[int]) -> Axes:
     """The axes without those of length 1, and with neighbours joined that both sides run through in one stride."""
     axes: Axes = sorted(
-        ((n, a, b) for n, a, b in zip(sizes, source, target, strict=True) if n != 1), key=lambda axis: -axis[1]
+        ((n, a, b) for n, a, b in zip(sizes, source, target, strict=True) if n != 1),
+        key=lambda axis: -axis[1],
     )
     joined: Axes = []
     for n, a, b in axes:
@@ -67,7 +68,9 @@ def _transposed(axes: Axes) -> int | None:
 
 
 def _view(tensor: torch.Tensor, axes: Axes, which: int) -> torch.Tensor:
-    return tensor.as_strided([axis[0] for axis in axes], [axis[which] for axis in axes], tensor.storage_offset())
+    return tensor.as_strided(
+        [axis[0] for axis in axes], [axis[which] for axis in axes], tensor.storage_offset()
+    )
 
 
 def _offsets(axes: Axes) -> list[tuple[int, int]]:

@@ -125,9 +125,7 @@ def _follow_plan(job: Job, holding: Holding, peers: Peers) -> tuple[Outline, Pla
     return outline, plan_of(prepared, _chosen(job, share)), lost
 
 
-def _prepared(
-    job: Job, outline: Outline, targets: Iterable[Target], plain: Set[str]
-) -> Prepared:
+def _prepared(job: Job, outline: Outline, targets: Iterable[Target], plain: Set[str]) -> Prepared:
     family = outline.checkpoint.family
     wish = Wish(family=family, rename=job.rename, shard=job.shard, plain=frozenset(plain), part=True)
     return prepare(outline.checkpoint, list(targets), wish)

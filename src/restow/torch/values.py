@@ -61,7 +61,9 @@ class Values:
     odd: dict[str, list[str]] = field(default_factory=dict)  # tensor -> places, the first of them
     counts: dict[str, int] = field(default_factory=dict)
     bools: dict[str, int] = field(default_factory=dict)
-    peaks: dict[tuple[str, int], int] = field(default_factory=dict)  # expert tensor, number of a part -> largest
+    peaks: dict[tuple[str, int], int] = field(
+        default_factory=dict
+    )  # expert tensor, number of a part -> largest
     worthless: dict[str, str] = field(default_factory=dict)
     zeros: dict[str, int] = field(default_factory=dict)
 
@@ -132,14 +134,22 @@ class Values:
 
 def _problems(seen: Values) -> Iterator[Problem]:
     if seen.worthless:
-        yield Problem(_error(QuantizationError, "scales that are finite and not below 0", seen.worthless, "scales"), True)
+        yield Problem(
+            _error(QuantizationError, "scales that are finite and not below 0", seen.worthless, "scales"),
+            True,
+        )
     full = {name for (name, _), peak in seen.peaks.items() if peak}
-    zeros = {n: f"{count} times 0" for n, count in seen.zeros.items() if seen.scales[n] in full or not seen.peaks}
+    zeros = {
+        n: f"{count} times 0" for n, count in seen.zeros.items() if seen.scales[n] in full or not seen.peaks
+    }
     if zeros:
-        yield Problem(_error(QuantizationError, "scales above 0 over weights that are not 0", zeros, "scales"), False)
+        yield Problem(
+            _error(QuantizationError, "scales above 0 over weights that are not 0", zeros, "scales"), False
+        )
     if seen.odd:
         lines = {
-            name: f"NaN or infinite: {seen.counts[name]} values" + ("" if places == [show(name)] else f" ({places[0]})")
+            name: f"NaN or infinite: {seen.counts[name]} values"
+            + ("" if places == [show(name)] else f" ({places[0]})")
             for name, places in seen.odd.items()
         }
         yield Problem(_error(NonFiniteError, "finite values", lines, "tensors"), False)
@@ -151,7 +161,9 @@ def _problems(seen: Values) -> Iterator[Problem]:
         if not peak:
             empty.setdefault(name, []).append(number)
     if empty:
-        yield no_values({n: "only zeros" + ("" if len(at) == 1 else f" in {len(at)} parts") for n, at in empty.items()})
+        yield no_values(
+            {n: "only zeros" + ("" if len(at) == 1 else f" in {len(at)} parts") for n, at in empty.items()}
+        )
 
 
 def no_values(names: Mapping[str, str]) -> Problem:

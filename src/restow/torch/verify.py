@@ -122,7 +122,9 @@ def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: b
     def add(name: str, sources: Sequence[str]) -> None:
         kinds = {first.tensors[source].dtype for source in sources}
         coded = [_codes(first, sources[0]), _codes(second, name)]
-        if any(coded):  # values as they are decoded for the other side's dtype; in float32 where both are codes
+        if any(
+            coded
+        ):  # values as they are decoded for the other side's dtype; in float32 where both are codes
             dense = first.tensors[sources[0]].dtype if coded[1] else second.tensors[name].dtype
             values = "F32" if all(coded) else dense
             cast[name] = (coded[0] or values, coded[1] or values)
@@ -228,7 +230,9 @@ def _compare(
     buffers = [torch.empty(0, dtype=torch.uint8)] * 2
     for group in grouped(iter(chosen), CHUNK):
         need = sum(room(part.target) for part in group)
-        buffers = [b if b.numel() >= need else torch.empty(max(need, CHUNK), dtype=torch.uint8) for b in buffers]
+        buffers = [
+            b if b.numel() >= need else torch.empty(max(need, CHUNK), dtype=torch.uint8) for b in buffers
+        ]
         theirs, got = fill(sides.prepared, group, buffers[0], threads=threads)
         ours, more = fill(sides.own, group, buffers[1], threads=threads)
         read += got + more
@@ -249,7 +253,9 @@ def _compare(
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )
 
 
 def _same(left: torch.Tensor, right: torch.Tensor, cast: bool) -> bool:
@@ -289,7 +295,9 @@ def _differences(sides: _Sides, left: Filled, right: Filled) -> Iterator[Differe
         labels = family.labels if family is not None else ("gate", "up")
         why = _rounded(one, other, sides.cast.get(target.name, (target.dtype,)))
         biggest = _apart(one, other)
-        yield Difference("values", target.name, leaf, count, mask.numel(), index, values, biggest, why, labels)
+        yield Difference(
+            "values", target.name, leaf, count, mask.numel(), index, values, biggest, why, labels
+        )
 
 
 def _rounded(left: torch.Tensor, right: torch.Tensor, dtypes: Sequence[str]) -> str:

@@ -93,7 +93,9 @@ def chosen(second: Checkpoint, targets: Mapping[str, Target], sample: float | No
             if all(target.shape):
                 yield from slices(target, CHUNK // 2)
         return
-    every = [part for target in targets.values() if all(target.shape) for part in _leaf_slices(second, target)]
+    every = [
+        part for target in targets.values() if all(target.shape) for part in _leaf_slices(second, target)
+    ]
     count = max(1, round(sample * len(every)))
     picked = sorted(random.Random(SEED).sample(range(len(every)), min(count, len(every))))
     for i in picked:
