@@ -37,8 +37,7 @@ from restow.notation import Dim, Factor, Labels, Number, Part, Row
 from restow.segments import replace_run
 
 WORDS = frozenset(
-    ["family", "size", "order", "module", "rename", "alias", "beside", "optional", "ignore", "foreign"]
-    + ["require", "tie"]
+    "family size order module rename alias beside optional ignore foreign require tie".split()  # noqa: SIM905
 )
 CONFIG_LIMIT = 2**31
 COUNT_LIMIT = 2**16  # of experts, of layers: what names are counted out for
