@@ -5,8 +5,9 @@ usage: python bench/convert.py [--small] [--rounds N] [--save] [--folder DIR]
 128 experts of 2048 x 768 in bfloat16, one tensor per expert and projection. `cp` followed by a sync of the same bytes
 is the floor: it reads and writes every byte once. All ways take turns, each beside a cp of its own, and a ratio is the
 median over the rounds of (seconds of cp + sync) / (seconds of the conversion, its own syncs and renames included).
-Before each run its source is in the page cache, free memory has been touched and nothing waits to be written. A conversion runs in a process of
-its own, whose peak memory (VmHWM) is that of Python and torch too; its time is that of the call, imports not counted.
+Before each run its source is in the page cache, free memory has been touched and nothing waits to be written. A
+conversion runs in a process of its own, whose peak memory (VmHWM) is that of Python and torch too; its time is that of
+the call, imports not counted.
 
     grouped   one tensor per expert to [E, d, 2f] and [E, f, d]: every matrix is transposed on the way
     undone    grouped to "source": every file must be identical to the one it came from
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 from _common import child, machine, status, table, verdicts
 
 GB, MIB = 1e9, 2**20
@@ -95,7 +97,9 @@ def write(folder: Path, size: dict[str, int]) -> int:
             held = 0
         files[-1].append((name, shape))
         held += 2 * prod(shape)
-    noise = np.random.default_rng(7).integers(0, 2**15, max(prod(s) for _, s in specs) + 4099, dtype=np.uint16)
+    noise = np.random.default_rng(7).integers(
+        0, 2**15, max(prod(s) for _, s in specs) + 4099, dtype=np.uint16
+    )
     noise &= np.uint16(0xBFFF)  # never the exponent of infinities and NaN
     index: dict[str, str] = {}
     for number, part in enumerate(files):
@@ -132,8 +136,10 @@ def settle(folder: Path) -> None:
     A virtual machine gives memory that lies free for seconds back to its host, and gets it again at a third of the
     speed: whoever runs later would pay for it.
     """
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    touch = f"import mmap\nm = mmap.mmap(-1, {size + 512 * MIB})\nfor i in range(0, len(m), 4096): m[i] = 1"
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    spare = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    size = min(sum(path.stat().st_size for path in folder.iterdir()) + 512 * MIB, spare // 2)
+    touch = f"import mmap\nm = mmap.mmap(-1, {size})\nfor i in range(0, len(m), 4096): m[i] = 1"
     subprocess.run([sys.executable, "-c", touch], check=True)
     for path in folder.iterdir():
         with path.open("rb") as file:
@@ -207,7 +213,9 @@ def measure(folder: Path, rounds: int) -> dict[str, list[Run]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--small", action="store_true", help="a few MB: shows that it works, measures nothing")
+    parser.add_argument(
+        "--small", action="store_true", help="a few MB: shows that it works, measures nothing"
+    )
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="write bench/results/convert.md")
     parser.add_argument("--folder", help="where to make the checkpoint: a local disk")
@@ -228,24 +236,41 @@ def main() -> int:
         ratio = statistics.median(run.floor / run.seconds for run in runs[way])
         seconds = statistics.median(run.seconds for run in runs[way])
         peak = max(run.peak for run in runs[way]) / MIB
-        rows.append((f"{source} to {to}", f"{seconds:.2f}", f"{total / seconds / GB:.2f}", f"{ratio:.2f}", f"{peak:.0f}"))
+        rows.append(
+            (
+                f"{source} to {to}",
+                f"{seconds:.2f}",
+                f"{total / seconds / GB:.2f}",
+                f"{ratio:.2f}",
+                f"{peak:.0f}",
+            )
+        )
         bars.append((f"{way}, of cp + sync", ratio, ">=", 0.0 if options.small else bar))
         bars.append((f"{way}, peak MiB", peak, "<=", float(PEAK)))
         if to == "source":
-            bars.append((f"{way}, runs with a file that differs", sum(not r.same for r in runs[way]), "<=", 0.0))
+            bars.append(
+                (f"{way}, runs with a file that differs", sum(not r.same for r in runs[way]), "<=", 0.0)
+            )
     floors = [run.floor for way in runs for run in runs[way]]
     best = statistics.median(floors)
     rows.append(("cp + sync", f"{best:.2f}", f"{total / best / GB:.2f}", "1.00", ""))
     lines, good = verdicts(bars)
     text = table(("", "s", "GB/s", "of cp + sync", "peak MiB"), rows)
-    spread = f"cp + sync took {min(floors):.2f} to {max(floors):.2f} s."
-    shown = "\n".join([machine(), f"{total:,} bytes, median of {len(floors) // len(WAYS)} rounds. {spread}", "", text])
+    spread = (
+        f"cp + sync took {min(floors):.2f} to {max(floors):.2f} s, load average {os.getloadavg()[1]:.1f}."
+    )
+    rounds = f"{total:,} bytes, median of {len(floors) // len(WAYS)} rounds. {spread}"
+    shown = "\n".join([machine(), rounds, "", text])
     print(f"\n{shown}\n\n" + "\n".join(lines))
     if options.save:
         results = Path(__file__).parent / "results" / "convert.md"
         results.parent.mkdir(exist_ok=True)
         command = "python bench/convert.py" + (" --small" if options.small else "")
-        results.write_text(f"# Converting on disk\n\n`{command}`\n\n{shown}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n")
+        results.write_text(
+            f"# Converting on disk\n\n`{command}`\n\n{shown}\n\n"
+            + "\n".join(f"- {line}" for line in lines)
+            + "\n"
+        )
     return 0 if good else 1
 
 

@@ -106,7 +106,9 @@ EVERY = [(family_id, hub, to) for family_id in tiny.FAMILIES for hub in (True, F
     ("family_id", "hub", "to"),
     [
         # A third of them by default, so that every family, form and layout has its turn; the rest is slow.
-        pytest.param(*case, marks=() if number % 5 in (0, 3) and not tiny.FAMILIES[case[0]].slow else pytest.mark.slow)
+        pytest.param(
+            *case, marks=() if number % 5 in (0, 3) and not tiny.FAMILIES[case[0]].slow else pytest.mark.slow
+        )
         for number, case in enumerate(EVERY)
     ],
 )
@@ -142,7 +144,9 @@ def test_every_family_form_and_layout_has_its_turn_by_default() -> None:
     quick = {family_id for family_id, family in tiny.FAMILIES.items() if not family.slow}
     assert quick <= {family_id for family_id, _, _ in turns}
     assert {(hub, to) for _, hub, to in turns} == {(hub, to) for hub in (True, False) for to in LAYOUTS}
-    assert {(family_id, hub) for family_id, hub, _ in turns} >= {(f, hub) for f in quick for hub in (True, False)}
+    assert {(family_id, hub) for family_id, hub, _ in turns} >= {
+        (f, hub) for f in quick for hub in (True, False)
+    }
 
 
 def test_the_comparison_of_folders_can_fail(tmp_path: Path) -> None:
@@ -155,7 +159,11 @@ def test_the_comparison_of_folders_can_fail(tmp_path: Path) -> None:
     assert unlike(tmp_path / "a", tmp_path / "b") == ["y.json", "x.json"]
 
 
-SAVED_OTHERWISE = {"qwen3_5_moe_text": "split", "qwen3_5_moe": "split", "qwen3_vl_moe": "fused"}  # than the vendor
+SAVED_OTHERWISE = {
+    "qwen3_5_moe_text": "split",
+    "qwen3_5_moe": "split",
+    "qwen3_vl_moe": "fused",
+}  # than the vendor
 
 
 @pytest.mark.parametrize("family_id", IDS)
@@ -207,8 +215,12 @@ def test_chunks_of_any_size_give_the_same_files(
     assert unlike(tmp_path / "whole", tmp_path / "parts") == []
     whole, parts = (json.loads((tmp_path / name / MANIFEST).read_text()) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
-    assert {key: whole[key] for key in whole if key != "leaves"} == {key: parts[key] for key in parts if key != "leaves"}
-    assert parts["leaves"].items() <= whole["leaves"].items(), "a leaf cut in two may have no digest, never another"
+    assert {key: whole[key] for key in whole if key != "leaves"} == {
+        key: parts[key] for key in parts if key != "leaves"
+    }
+    assert parts["leaves"].items() <= whole["leaves"].items(), (
+        "a leaf cut in two may have no digest, never another"
+    )
     restow.convert(tmp_path / "parts", tmp_path / "back", to="source")
     assert unlike(source, tmp_path / "back") == []
 
@@ -351,7 +363,9 @@ def cut_by_hand(family_id: str, experts: tuple[int, ...], monkeypatch: pytest.Mo
         for name, tensor in model.state_dict().items():
             source = whole[name]
             if tensor.shape != source.shape:
-                (dim,) = (i for i, (a, b) in enumerate(zip(tensor.shape, source.shape, strict=True)) if a != b)
+                (dim,) = (
+                    i for i, (a, b) in enumerate(zip(tensor.shape, source.shape, strict=True)) if a != b
+                )
                 assert source.shape[dim] % 12 == 0
                 rows = source.unflatten(dim, (12, -1)).index_select(dim, torch.tensor(experts))
                 source = rows.flatten(dim, dim + 1)
@@ -541,7 +555,7 @@ BAD_EXPERTS = {
     "text": ("qwen3_moe", "0123", "expected the numbers of the experts to keep, at least one, found '0123'"),
     "top k": ("qwen3_moe", [0, 1], "expected at least 3 experts, as many as each token takes (num_experts_per_tok), found 2"),
     "top k below": ("dbrx", [0, 1], "expected at least 3 experts, as many as each token takes (moe_top_k), found 2"),
-    "top k of a text config": ("gemma4", [0, 1], "expected at least 3 experts, as many as each token takes (top_k_experts), found 2"),
+    "top k of a text config": ("gemma4", [0, 1], "expected at least 3 experts, as many as each token takes (top_k_experts)"),
     "groups": ("deepseek_v3", [0, 1, 2, 3, 4], "expected a number of experts that 2 groups (n_group) divide, found 5"),
     "stranger": ("qwen3_moe", {"model.layers.0.mlp.experts": [0, 1, 2]}, "found model.layers.0.mlp.experts"),
     "two counts": (
@@ -563,7 +577,7 @@ def test_experts_that_cannot_be_kept(case: str, tmp_path: Path) -> None:
 SOURCES: dict[str, tuple[Callable[[Path], object], type[RestowError], str]] = {
     "no folder": (lambda s: s.rename(s.parent / "away"), MissingShardError, ""),
     "a truncated file": (truncate, TruncatedFileError, "model-00001-of-00002.safetensors"),
-    "no config": (lambda s: (s / "config.json").unlink(), ConfigError, "expected config.json, which names the model family, found none"),
+    "no config": (lambda s: (s / "config.json").unlink(), ConfigError, "which names the model family, found none"),
     "a broken config": (lambda s: (s / "config.json").write_text("{"), ConfigError, ""),
     "an unknown family": (configured(model_type="nobody"), UnsupportedFamilyError, "model_type 'nobody'"),
     "an expert missing": (without(".3.down_proj"), RestowError, "3.down_proj.weight"),
@@ -589,7 +603,7 @@ def test_a_source_that_is_not_whole(case: str, tmp_path: Path) -> None:
 OPTIONS: dict[str, tuple[dict[str, object], type[RestowError], str]] = {
     "an unknown layout": ({"to": "no such"}, UsageError, "expected a layout name, one of hf, split, "),
     "source without a record": (
-        {"to": "source"}, UsageError, "expected a folder that a conversion made, which knows its source, found one without such a record",
+        {"to": "source"}, UsageError, "which knows its source, found one without such a record",
     ),
     "source and experts": ({"to": "source", "experts": [0, 1, 2]}, UsageError, 'expected to="source" alone'),
     "source and dtype": ({"to": "source", "dtype": torch.float32}, UsageError, 'expected to="source" alone'),
@@ -628,7 +642,9 @@ def test_a_layouts_name_may_not_be_that_of_another_tensor(tmp_path: Path) -> Non
     clash = restow.Layout.parse("in gate.weight e p f d\nout down e d f")
     with pytest.raises(UsageError) as caught:
         restow.convert(sharded("step3p7"), tmp_path / "a", to=clash)
-    assert "expected a layout whose names are free, found model.layers.1.moe.gate.weight twice" in str(caught.value)
+    assert "expected a layout whose names are free, found model.layers.1.moe.gate.weight twice" in str(
+        caught.value
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -652,8 +668,13 @@ def test_a_converted_folder_that_lost_a_tensor_does_not_come_back(tmp_path: Path
     restow.convert(sharded("qwen3_moe"), tmp_path / "a", to="grouped")
     file = tmp_path / "a" / "model.safetensors"
     held = load_file(file)
-    for name, kind in (("model.layers.1.input_layernorm.weight", MissingTensorError), ("", UnexpectedTensorError)):
-        changed = {n: t for n, t in held.items() if n != name} | ({} if name else {"model.new": torch.zeros(2)})
+    for name, kind in (
+        ("model.layers.1.input_layernorm.weight", MissingTensorError),
+        ("", UnexpectedTensorError),
+    ):
+        changed = {n: t for n, t in held.items() if n != name} | (
+            {} if name else {"model.new": torch.zeros(2)}
+        )
         save_file(changed, file)
         with pytest.raises(kind) as caught:
             restow.convert(tmp_path / "a", tmp_path / "b", to="source")
@@ -824,6 +845,7 @@ def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
     source = SMALL.written(tmp_path / "source")
     for call in ("pwrite", "fsync", "allocate", "rename_new"):
+
         def fail(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
@@ -834,7 +856,10 @@ def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         assert {path.name for path in tmp_path.iterdir()} == {"source"}, call
 
 
-@pytest.mark.parametrize("options", [{"to": "grouped"}, {"to": "fused", "experts": [3, 1, 2]}, {"to": "hf", "dtype": torch.float32}])
+@pytest.mark.parametrize(
+    "options",
+    [{"to": "grouped"}, {"to": "fused", "experts": [3, 1, 2]}, {"to": "hf", "dtype": torch.float32}],
+)
 def test_progress_grows_to_the_whole_in_the_calling_thread(
     options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -864,7 +889,9 @@ def test_the_report_says_what_was_done(tmp_path: Path) -> None:
     assert report.bytes_written == size
     line = str(report).splitlines()[0]
     assert line.startswith(f"converted to fused: 9 tensors, {size:,} bytes in 1 files at {tmp_path}/a, ")
-    assert str(restow.convert(tmp_path / "a", tmp_path / "b", to="source")).startswith("converted to its source's layout")
+    assert str(restow.convert(tmp_path / "a", tmp_path / "b", to="source")).startswith(
+        "converted to its source's layout"
+    )
     assert str(restow.convert(source, tmp_path / "c", to=CUSTOM)).startswith("converted to the layout given")
 
 
