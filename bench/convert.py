@@ -5,9 +5,9 @@ usage: python bench/convert.py [--small] [--rounds N] [--save] [--folder DIR]
 128 experts of 2048 x 768 in bfloat16, one tensor per expert and projection. `cp` followed by a sync of the same bytes
 is the floor: it reads and writes every byte once. All ways take turns, each beside a cp of its own, and a ratio is the
 median over the rounds of (seconds of cp + sync) / (seconds of the conversion, its own syncs and renames included).
-Before each run its source is in the page cache, free memory has been touched and nothing waits to be written.
-A conversion runs in a process of its own, whose peak memory (VmHWM) is that of Python and torch too;
-its time is that of the call, imports not counted.
+Before each run its source is in the page cache, free memory has been touched and nothing waits to be written. A
+conversion runs in a process of its own, whose peak memory (VmHWM) is that of Python and torch too; its time is that of
+the call, imports not counted.
 
     grouped   one tensor per expert to [E, d, 2f] and [E, f, d]: every matrix is transposed on the way
     undone    grouped to "source": every file must be identical to the one it came from
@@ -136,8 +136,10 @@ def settle(folder: Path) -> None:
     A virtual machine gives memory that lies free for seconds back to its host, and gets it again at a third of the
     speed: whoever runs later would pay for it.
     """
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    touch = f"import mmap\nm = mmap.mmap(-1, {size + 512 * MIB})\nfor i in range(0, len(m), 4096): m[i] = 1"
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    spare = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    size = min(sum(path.stat().st_size for path in folder.iterdir()) + 512 * MIB, spare // 2)
+    touch = f"import mmap\nm = mmap.mmap(-1, {size})\nfor i in range(0, len(m), 4096): m[i] = 1"
     subprocess.run([sys.executable, "-c", touch], check=True)
     for path in folder.iterdir():
         with path.open("rb") as file:
@@ -254,10 +256,11 @@ def main() -> int:
     rows.append(("cp + sync", f"{best:.2f}", f"{total / best / GB:.2f}", "1.00", ""))
     lines, good = verdicts(bars)
     text = table(("", "s", "GB/s", "of cp + sync", "peak MiB"), rows)
-    spread = f"cp + sync took {min(floors):.2f} to {max(floors):.2f} s."
-    shown = "\n".join(
-        [machine(), f"{total:,} bytes, median of {len(floors) // len(WAYS)} rounds. {spread}", "", text]
+    spread = (
+        f"cp + sync took {min(floors):.2f} to {max(floors):.2f} s, load average {os.getloadavg()[1]:.1f}."
     )
+    rounds = f"{total:,} bytes, median of {len(floors) // len(WAYS)} rounds. {spread}"
+    shown = "\n".join([machine(), rounds, "", text])
     print(f"\n{shown}\n\n" + "\n".join(lines))
     if options.save:
         results = Path(__file__).parent / "results" / "convert.md"

@@ -516,5 +516,5 @@ def test_layouts_are_listed_as_a_family_means_them() -> None:
     assert json.loads(out)["layouts"]["grouped"] == ["in gate_and_up_projs e d (p f)", "out down_projs e f d"]
     code, out, _ = run("layouts", "--family", "gpt_oss")
     assert code == 0
-    assert "  in        gate_and_up_projs   e d (f p)" in out.splitlines()
+    assert "in gate_and_up_projs e d (f p)" in [" ".join(line.split()) for line in out.splitlines()]
     assert run("layouts", "--family", "nope")[0] == 1

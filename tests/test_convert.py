@@ -555,7 +555,7 @@ BAD_EXPERTS = {
     "text": ("qwen3_moe", "0123", "expected the numbers of the experts to keep, at least one, found '0123'"),
     "top k": ("qwen3_moe", [0, 1], "expected at least 3 experts, as many as each token takes (num_experts_per_tok), found 2"),
     "top k below": ("dbrx", [0, 1], "expected at least 3 experts, as many as each token takes (moe_top_k), found 2"),
-    "top k of a text config": ("gemma4", [0, 1], "expected at least 3 experts, as many as each token takes (top_k_experts), found 2"),
+    "top k of a text config": ("gemma4", [0, 1], "expected at least 3 experts, as many as each token takes (top_k_experts)"),
     "groups": ("deepseek_v3", [0, 1, 2, 3, 4], "expected a number of experts that 2 groups (n_group) divide, found 5"),
     "stranger": ("qwen3_moe", {"model.layers.0.mlp.experts": [0, 1, 2]}, "found model.layers.0.mlp.experts"),
     "two counts": (
@@ -577,7 +577,7 @@ def test_experts_that_cannot_be_kept(case: str, tmp_path: Path) -> None:
 SOURCES: dict[str, tuple[Callable[[Path], object], type[RestowError], str]] = {
     "no folder": (lambda s: s.rename(s.parent / "away"), MissingShardError, ""),
     "a truncated file": (truncate, TruncatedFileError, "model-00001-of-00002.safetensors"),
-    "no config": (lambda s: (s / "config.json").unlink(), ConfigError, "expected config.json, which names the model family, found none"),
+    "no config": (lambda s: (s / "config.json").unlink(), ConfigError, "which names the model family, found none"),
     "a broken config": (lambda s: (s / "config.json").write_text("{"), ConfigError, ""),
     "an unknown family": (configured(model_type="nobody"), UnsupportedFamilyError, "model_type 'nobody'"),
     "an expert missing": (without(".3.down_proj"), RestowError, "3.down_proj.weight"),
@@ -603,7 +603,7 @@ def test_a_source_that_is_not_whole(case: str, tmp_path: Path) -> None:
 OPTIONS: dict[str, tuple[dict[str, object], type[RestowError], str]] = {
     "an unknown layout": ({"to": "no such"}, UsageError, "expected a layout name, one of hf, split, "),
     "source without a record": (
-        {"to": "source"}, UsageError, "expected a folder that a conversion made, which knows its source, found one without such a record",
+        {"to": "source"}, UsageError, "which knows its source, found one without such a record",
     ),
     "source and experts": ({"to": "source", "experts": [0, 1, 2]}, UsageError, 'expected to="source" alone'),
     "source and dtype": ({"to": "source", "dtype": torch.float32}, UsageError, 'expected to="source" alone'),

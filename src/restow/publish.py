@@ -37,9 +37,9 @@ class Staging:
     """A checkpoint in the making: `with Staging(path, size=..., count=...) as staging: ... staging.finish()`.
 
     `size` and `count` are the bytes and files that will be written, manifest not counted; `sources` are the
-    paths that are read and must lie apart from the destination. `work` names what is done: where an earlier run of the
-    same was killed, its finished files are in `left`, for `keep` or `drop`, and the others are gone. `notes`
-    holds what the user should be told, a line each.
+    paths that are read and must lie apart from the destination. `work` names what is done: where an earlier
+    run of the same was killed, its finished files are in `left`, for `keep` or `drop`, and the others are gone.
+    `notes` holds what the user should be told, a line each.
     """
 
     def __init__(
