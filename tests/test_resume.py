@@ -31,7 +31,9 @@ def fast() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def run(root: Path, at: int = 0, what: str = "", **more: object) -> tuple[list[tuple[str, str]], tuple[str, ...], int]:
+def run(
+    root: Path, at: int = 0, what: str = "", **more: object
+) -> tuple[list[tuple[str, str]], tuple[str, ...], int]:
     """A conversion in a child: the calls it made, its notes and the bytes it wrote into weight files."""
     options = {"to": "grouped", "max_shard_bytes": SHARD, "threads": 1, **more}
 
@@ -86,7 +88,9 @@ def test_killed_anywhere_it_goes_on(what: str, fast: Path) -> None:
             status = (fast / "out" / name).stat()
             assert (status.st_ino, status.st_mtime_ns) == (inode, mtime), name
         told = [note for note in notes if "continued" in note]
-        assert told == ([f"continued a run that was killed: {len(before)} of its files were finished"] if before else [])
+        assert told == (
+            [f"continued a run that was killed: {len(before)} of its files were finished"] if before else []
+        )
         assert sorted(path.name for path in fast.iterdir()) == ["in", "out"]
         most = max(most, len(before))
         shutil.rmtree(fast / "out")

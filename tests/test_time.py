@@ -61,7 +61,9 @@ def test_a_source_that_is_rewritten_is_seen(tmp_path: Path, monkeypatch: pytest.
     assert "changed" in str(caught.value) or "another" in str(caught.value) or "same" in str(caught.value)
 
 
-def test_a_source_that_is_cut_short_is_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # X06
+def test_a_source_that_is_cut_short_is_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # X06
     folder = MODEL.written(tmp_path / "a", "split")
     meanwhile(monkeypatch, lambda: os.truncate(shards(folder)[1], 3000))
     with pytest.raises(RestowError) as caught:
@@ -70,7 +72,9 @@ def test_a_source_that_is_cut_short_is_no_signal(tmp_path: Path, monkeypatch: py
     assert shards(folder)[1].name in str(caught.value)
 
 
-def test_a_link_that_is_turned_elsewhere_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # X07
+def test_a_link_that_is_turned_elsewhere_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # X07
     folder, other = MODEL.written(tmp_path / "a", "split"), MODEL.written(tmp_path / "b", "split")
     path = shards(folder)[0]
     path.rename(tmp_path / "first")
@@ -105,7 +109,9 @@ def test_a_reader_beside_a_replacement_never_sees_a_mix(tmp_path: Path) -> None:
     def replace() -> None:
         while not stop.is_set():
             for name in ("new", "old"):
-                restow.convert(folders[name], target, to="split", max_shard_bytes=9_000, replace=True, threads=1)
+                restow.convert(
+                    folders[name], target, to="split", max_shard_bytes=9_000, replace=True, threads=1
+                )
                 turns[0] += 1
 
     writer = threading.Thread(target=replace)
@@ -135,7 +141,14 @@ def test_a_reader_beside_a_replacement_never_sees_a_mix(tmp_path: Path) -> None:
 
 def slow_convert(root: Path, *, replace: bool = False) -> subprocess.Popen[str]:
     """A conversion that waits in its first write until it is told to go on, in a process of its own."""
-    arguments = ["convert", str(root / "in"), str(root / "out"), "--to", "grouped", *(["--replace"] if replace else [])]
+    arguments = [
+        "convert",
+        str(root / "in"),
+        str(root / "out"),
+        "--to",
+        "grouped",
+        *(["--replace"] if replace else []),
+    ]
     code = f"""
 import sys, time, pathlib
 from restow import writing
@@ -153,7 +166,9 @@ sys.argv[1:] = {arguments!r}
 from restow.cli import main
 main()
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for _ in range(1200):
         if (root / "there").exists():
             return process
@@ -162,7 +177,9 @@ main()
     raise AssertionError("it did not begin to write")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
 def test_a_signal_cleans_up_and_is_the_exit_code(number: int, code: int, tmp_path: Path) -> None:  # X09, X08
     MODEL.written(tmp_path / "in", "split")
     process = slow_convert(tmp_path)
@@ -203,7 +220,9 @@ resource.setrlimit(resource.RLIMIT_AS, (size + (48 << 20), resource.RLIM_INFINIT
 sys.argv[1:] = ["convert", {str(tmp_path / "in")!r}, {str(tmp_path / "out")!r}, "--to", "grouped", "--threads", "1"]
 main()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 3, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     assert "MemoryError" in done.stderr
@@ -218,10 +237,21 @@ def test_another_locale_gives_the_same_bytes(tmp_path: Path) -> None:  # X14
     ]  # fmt: skip
     results = []
     for i, more in enumerate(settings):
-        arguments = ["convert", str(tmp_path / "in"), str(tmp_path / f"out{i}"), "--to", "grouped", "--sha256"]
+        arguments = [
+            "convert",
+            str(tmp_path / "in"),
+            str(tmp_path / f"out{i}"),
+            "--to",
+            "grouped",
+            "--sha256",
+        ]
         code = CODE.format(arguments)
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, env={**os.environ, **more}, timeout=120, check=False
+            [sys.executable, "-c", code],
+            capture_output=True,
+            env={**os.environ, **more},
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         results.append(tree(tmp_path / f"out{i}"))
