@@ -1,8 +1,8 @@
 """What digests cost: in a conversion, in `verify PATH` against the best cold read, and fingerprints against memcpy.
 
-usage: python bench/integrity.py [--small] [--rounds N] [--save FILE] [--folder DIR]
+usage: python bench/integrity.py [--small] [--rounds N] [--layers N] [--save FILE] [--folder DIR]
 
-The checkpoint is that of bench/convert.py (four layers in the shape of Qwen3-30B-A3B, 4.9 GB).
+The checkpoint is that of bench/convert.py (four layers in the shape of Qwen3-30B-A3B, 4.9 GB, or `--layers`).
 
     convert       with every digest and look at the values, and with none; both take turns, each in a process of its
                   own, source in the page cache; the cost is the median over the rounds of (with / without) - 1
@@ -160,6 +160,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     options.add_argument("--small", action="store_true", help="a few MB: whether it runs, not how fast")
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--layers", type=int, default=full.FULL["layers"])
     options.add_argument("--save", type=Path)
     options.add_argument("--folder", type=Path)
     options.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
@@ -173,7 +174,7 @@ def main() -> int:
     rounds = 1 if asked.small else asked.rounds
     root = Path(tempfile.mkdtemp(prefix="restow-integrity-", dir=asked.folder))
     try:
-        full.write(root / "source", full.SMALL if asked.small else full.FULL)
+        full.write(root / "source", full.SMALL if asked.small else {**full.FULL, "layers": asked.layers})
         costs = cost_of_digests(root, rounds)
         restow.convert(root / "source", root / "checked", to="fused")
         reads, verified = cold(root / "checked", rounds)

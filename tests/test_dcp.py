@@ -165,8 +165,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     name = f"{AT.format(0)}.down_projs"
     with pytest.raises((CheckpointException, ValueError), match="down_projs"):
         dcp.load({**state, name: torch.zeros(8, 3, 3)}, storage_reader=Reader(source))
-    with pytest.raises((CheckpointException, errors.RestowError), match="nowhere"):
+    with pytest.raises(CheckpointException, match="nowhere") as caught:
         dcp.load(state, storage_reader=Reader(tmp_path / "nowhere"))
+    assert type(caught.value.failures[0][0]) is errors.MissingShardError, (
+        "the error itself, whatever DCP swallows"
+    )
+    with pytest.raises(errors.MissingShardError):
+        Reader(tmp_path / "nowhere").read_metadata().state_dict_metadata  # noqa: B018
     assert not Reader.validate_checkpoint_id(tmp_path / "nowhere")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import corpus_quant
 import corpus_tensors
 from corpus import CASES, Case
 from corpus_bytes import E7, good, write
@@ -27,7 +28,10 @@ from restow.problems import Problem
 
 HERE = corpus_tensors.__name__
 OURS = [case for case in CASES.values() if case.build.__module__ == HERE]
-CONTROLS = [case for name, case in CASES.items() if name[:3] in ("G00", "G01", "G02", "G03", "G04", "G05")]
+CODED = [case for case in CASES.values() if case.build.__module__ == corpus_quant.__name__]
+CONTROLS = [
+    case for name, case in CASES.items() if name[:3] in ("G00", "G01", "G02", "G03", "G04", "G05", "G06")
+]
 NEED_DATA = {"T10", "T11", "T12", "T13"}  # NaN, zeros, exchanged experts: only the values show them
 
 
@@ -56,7 +60,7 @@ def test_the_table_is_whole() -> None:
     assert {case.id[:3] for case in OURS} >= wanted - NEED_DATA
 
 
-@pytest.mark.parametrize("case", [*OURS, *CONTROLS], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*OURS, *CODED, *CONTROLS], ids=lambda case: case.id)
 def test_corpus(case: Case, tmp_path: Path) -> None:
     check(case, findings(case, tmp_path / case.id))
 

@@ -92,7 +92,7 @@ def test_ranks_read_each_byte_of_each_expert_once(src: str, of: int, tmp_path: P
 def adding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Destinations add up what is written to them: an element that is written twice holds twice its value."""
     straight: list[int] = []
-    before, tiles = SourceFile.preadv, read._Worker._straight
+    before, due = SourceFile.preadv, read._Worker._read_due
 
     def into_counters(source: SourceFile, offset: int, buffers: Sequence[memoryview]) -> int:
         if not straight:
@@ -103,15 +103,15 @@ def adding(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.frombuffer(buffer, dtype=torch.uint8).add_(torch.frombuffer(data, dtype=torch.uint8))
         return count
 
-    def marked(worker: Any, *rest: Any) -> int:
+    def marked(worker: Any) -> int:
         straight.append(1)
         try:
-            return tiles(worker, *rest)
+            return due(worker)
         finally:
             straight.clear()
 
     monkeypatch.setattr(SourceFile, "preadv", into_counters)
-    monkeypatch.setattr(read._Worker, "_straight", marked)
+    monkeypatch.setattr(read._Worker, "_read_due", marked)
     monkeypatch.setattr(read, "move", lambda to, tile: to.view(torch.int16).add_(tile.view(torch.int16)))
 
 

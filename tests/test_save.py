@@ -17,7 +17,7 @@ from torch import nn
 import restow
 import tiny
 from faults import ERRORS
-from moe import AT, Model, Tensors, differing, numbers, same
+from moe import AT, Model, Tensors, differing, numbers, same, write
 from restow import errors, writing
 from restow.torch.save import SaveHandle, SaveReport
 
@@ -641,3 +641,23 @@ def test_wrappers_are_passed_over(wrapper: str, tmp_path: Path) -> None:
     state = {f"{wrapper}.{name}": tensor for name, tensor in model.spelled("grouped").items()}
     save(state, tmp_path / "out", family="qwen3_moe")
     assert differing(tensors(tmp_path / "out"), model.spelled("split")) == []
+
+
+def test_like_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Its codes and scales are not what a state holds; casting to codes would be no quantisation."""
+    model = Model(e=4, f=128, d=128, layers=1)
+    coded: Tensors = {}
+    for name, tensor in model.spelled("split").items():
+        if ".experts." in name:
+            coded[name] = torch.ones(tensor.shape).to(torch.float8_e4m3fn)
+            coded[f"{name}_scale_inv"] = torch.ones(1, 1)
+        else:
+            coded[name] = tensor
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    source = write(tmp_path / "source", coded, {**model.config, "quantization_config": said})
+    with pytest.raises(errors.QuantizationError) as caught:
+        restow.save(model.spelled("grouped"), tmp_path / "out", like=source)
+    assert "expected a checkpoint with weights as they are as like=, found quantised ones (fp8)" in str(
+        caught.value
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]

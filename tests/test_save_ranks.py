@@ -669,17 +669,39 @@ def wakes_and_says(rank: int, folder: Path) -> None:
             (folder / "given up").touch()
 
 
+def sleeps_through_the_end(rank: int, folder: Path) -> None:
+    """Rank 0 stops while it syncs, is given up, and wakes."""
+    if rank == 0:
+        real = writing.sync_folder
+
+        def sync_folder(*args: Any) -> None:
+            while not (folder / "awake").exists():
+                time.sleep(0.01)
+            real(*args)
+
+        writing.sync_folder = sync_folder
+        peers_module.Peers._beat = lambda self, stop: None  # type: ignore[method-assign]
+    try:
+        guarded(rank, folder, "nothing 0")
+    finally:
+        (folder / "awake").touch()
+
+
+def test_a_first_rank_that_wakes_publishes_nothing(tmp_path: Path, old: dict[str, bytes]) -> None:
+    """The others have said that the old checkpoint is as it was: so it is."""
+    ended = ranks(2, tmp_path, sleeps_through_the_end, tmp_path)
+    assert type(ended[1].error) is errors.PeerTimeoutError
+    assert "rank 0" in str(ended[1].error)
+    assert type(ended[0].error) is errors.PeerTimeoutError
+    assert "it given up by the others" in str(ended[0].error)
+    assert files(tmp_path / "out") == old
+    assert nothing_left(tmp_path)
+
+
 def late(rank: int, folder: Path, seconds: float) -> None:
     if rank == 1:
         time.sleep(seconds)
     guarded(rank, folder, "nothing 0")
-
-
-def never(rank: int, folder: Path) -> None:
-    peers_module.LATE = 2.0
-    if rank == 0:
-        guarded(rank, folder, "nothing 0")
-    time.sleep(4)
 
 
 def test_a_rank_that_comes_late(tmp_path: Path, old: dict[str, bytes]) -> None:

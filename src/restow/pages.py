@@ -13,8 +13,10 @@ import struct
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 from restow import writing
 from restow.errors import IntegrityError
@@ -114,6 +116,16 @@ class PagedWrites:
         self._files: list[str] = []
         self._spills: dict[int, _Spill] = {}
         self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        spills, self._spills = self._spills, {}
+        for spill in spills.values():
+            spill.discard()
 
     def told(self, ranges: Iterable[Range]) -> str:
         """The pages that these ranges touch, as a text for rank 0."""
@@ -222,6 +234,10 @@ class _Spill:
             writing.pwrite_all(self._fd, memoryview(bytes(self._kept)), self._size)
         self._size += len(self._kept)
         self._kept = bytearray()
+
+    def discard(self) -> None:
+        with suppress(OSError):
+            writing.close(self._fd)
 
     def close(self) -> int:
         self._flush()

@@ -133,11 +133,12 @@ class Staging:
         extra: Mapping[str, object] | None = None,
         *,
         digests: Mapping[str, Mapping[str, object]] | None = None,
+        before: Callable[[], object] | None = None,
     ) -> None:
         """Seal all, write the manifest, publish, and remove what was replaced: on return it is on the disk.
 
         `extra` are sections of the manifest (`source`, `tensors`, others); `digests` (name -> {"sha256":
-        ...}) are put beside the sizes of the files.
+        ...}) are put beside the sizes of the files. `before` is called last before the rename, and may raise.
         """
         records = {name: {"size": file.size} for name, file in self._files.items()}
         if unknown := sorted((digests or {}).keys() - records.keys()):
@@ -156,6 +157,8 @@ class Staging:
         for folder in (*reversed(self._folders.values()), self.place.staging):
             with writing.failures("sync", folder):
                 writing.sync_folder(folder)
+        if before is not None:
+            before()
         # Judged again: the destination may have changed hands while we worked, and only ours is replaced.
         replacing = destination.check_vacant(self.place, replace=self._replace)
         self._tell((placing.swap if replacing else placing.move)(self.place))

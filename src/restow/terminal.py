@@ -69,7 +69,7 @@ def signals() -> Iterator[None]:
 def run(verb: Callable[[], Answer], *, as_json: bool = False, debug: bool = False) -> int:
     """Do `verb`, show its answer, give the exit code. Failures on purpose are shown; others are defects."""
     try:
-        answer = verb()
+        answer = _out_of_memory(verb)
         _tell(answer.lines, quiet=as_json)
         if as_json:
             show_json(answer.data)
@@ -87,6 +87,16 @@ def run(verb: Callable[[], Answer], *, as_json: bool = False, debug: bool = Fals
                 show_json({"error": failure(error)})
         return code_of(error)
     return answer.code
+
+
+def _out_of_memory(verb: Callable[[], Answer]) -> Answer:
+    """What `verb` answers; torch's failure to get memory, a RuntimeError by its text alone, as what it is."""
+    try:
+        return verb()
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise MemoryError(str(error).strip().splitlines()[0]) from error
 
 
 def _tell(lines: Iterable[Line], *, quiet: bool) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from restow.errors import MissingTensorError, UsageError, show
+from restow.errors import MissingTensorError, RestowError, UsageError, show
 from restow.family import Family
 from restow.landing import Wish
 from restow.layout import Layout
@@ -66,8 +66,18 @@ class Reader(StorageReader):
             self.path = checkpoint_id
         self._prepared = None
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Name, whole shape and dtype of every tensor that can be asked for. Headers only."""
+    # Called `words`, since DCP asks again, for this rank alone and then without collectives, where it finds `kwargs`.
+    def read_metadata(self, *args: Any, **words: Any) -> Metadata:
+        """Name, whole shape and dtype of every tensor that can be asked for. Headers only.
+
+        What is wrong with the source is raised when the answer is first looked at: DCP swallows what this call raises.
+        """
+        try:
+            return self._metadata()
+        except RestowError as error:
+            return _Unread(error)
+
+    def _metadata(self) -> Metadata:
         source = open_checkpoint(self.path, family=self._family)
         wish = Wish(layout=self._layout, family=self._family, rename=self._rename)
         named = [(renamed(t.name, self._rename), t) for t in default_targets(source, self._layout, wish)]
@@ -79,7 +89,9 @@ class Reader(StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing to set up: what is known is known from the headers."""
+        """Nothing to set up but to say what was wrong with the headers."""
+        if isinstance(metadata, _Unread):
+            raise metadata.error
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Refuse what is no tensor, before anything is read."""
@@ -123,6 +135,18 @@ class Reader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
         """Whether this is a path that exists."""
         return Path(checkpoint_id).exists()
+
+
+class _Unread(Metadata):
+    """Metadata that could not be read: whoever looks for a tensor in it is told why."""
+
+    def __init__(self, error: RestowError) -> None:
+        self.error = error
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "state_dict_metadata":
+            raise self.error
+        raise AttributeError(name)
 
 
 def _whole(target: Target) -> TensorStorageMetadata:

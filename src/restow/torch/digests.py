@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import xxhash
 
@@ -22,7 +23,7 @@ from restow.torch.chunks import Filled, raw, slices, stream
 from restow.torch.explain import text_order, why
 from restow.torch.leafviews import LeafView, Owner, inner_axes, leaf_views
 from restow.torch.leaves import Leaf
-from restow.torch.tiles import move
+from restow.torch.tiles import column_blocks, move
 from restow.torch.verify_report import Difference
 
 
@@ -52,8 +53,8 @@ class Leaves:
             self.places[view.key] = (owner[0], view.leaf)
             if view.key not in self._firsts and view.leaf[0] in ("in", "out"):
                 rows, cols = _sizes(module, view)
-                flat = view.matrix.storage_offset() - filled.tensor.storage_offset()
-                index = torch.unravel_index(torch.tensor(flat), filled.tensor.shape)
+                flat = int(view.matrix.storage_offset() - filled.tensor.storage_offset())
+                index = np.unravel_index(flat, filled.tensor.shape)
                 starts = (runs[0][0] for runs in target.runs)
                 place = tuple(int(i) + start for i, start in zip(index, starts, strict=True))
                 self._firsts[view.key] = (target.name, place, rows * cols * filled.tensor.element_size())
@@ -90,14 +91,10 @@ class Leaves:
             return matrix
         if self._scratch.numel() < matrix.nbytes:
             self._scratch = torch.empty(matrix.nbytes, dtype=torch.uint8)
-        flat = self._scratch[: matrix.nbytes].view(matrix.dtype)
-        if (
-            matrix.stride(0) == 1 and matrix.stride(1) != 1
-        ):  # turned: the kernel wants the contiguous side first
-            move(flat.view(matrix.shape).t(), matrix.t())
-        else:
-            move(flat.view(matrix.shape), matrix)
-        return flat.view(matrix.shape)
+        packed = self._scratch[: matrix.nbytes].view(matrix.dtype).view(matrix.shape)
+        for one, other in column_blocks(matrix, packed):
+            move(other, one)
+        return packed
 
 
 def _is_whole(view: LeafView, tensor: torch.Tensor) -> bool:

@@ -17,8 +17,9 @@ sums are products of matrices of 64-bit integers, which wrap; elsewhere they are
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import prod
 from types import MappingProxyType
@@ -63,19 +64,28 @@ def fingerprint(
     """
     known = family_of(family)
     found: dict[str, int] = {}
-    if isinstance(source, str | os.PathLike | Checkpoint):
-        opened = (
-            source if isinstance(source, Checkpoint) else open_checkpoint(source, family=known, layout=layout)
-        )
-        parts = _of_checkpoint(opened, threads)
-    else:
-        parts = _of_state(source, known, layout)
-    for key, number in parts:
-        found[key] = (found.get(key, 0) + number) & MASK
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        if isinstance(source, str | os.PathLike | Checkpoint):
+            opened = source
+            if not isinstance(opened, Checkpoint):
+                opened = open_checkpoint(opened, family=known, layout=layout)
+            groups = _of_checkpoint(opened, threads)
+        else:
+            groups = iter([_of_state(source, known, layout)])
+        for jobs in groups:
+            for key, number in pool.map(_done, jobs):
+                found[key] = (found.get(key, 0) + number) & MASK
     return MappingProxyType(found)
 
 
-def _of_state(state: Into, family: Family | None, layout: str | Layout | None) -> Iterator[tuple[str, int]]:
+Job = tuple[str, Callable[[], int]]  # a leaf's key, and the sum over a part of it
+
+
+def _done(job: Job) -> tuple[str, int]:
+    return job[0], job[1]()
+
+
+def _of_state(state: Into, family: Family | None, layout: str | Layout | None) -> list[Job]:
     slots = slots_of(state).slots
     shapes = {name: slot.target.shape for name, slot in slots.items()}
     config = _config(state)
@@ -88,10 +98,12 @@ def _of_state(state: Into, family: Family | None, layout: str | Layout | None) -
     if found.errors:
         raise merged(found.errors)
     owners = owners_of(found.modules)
+    jobs: list[Job] = []
     for name, slot in slots.items():
         owner = owners.get(name)
         module = found.modules[owner[0]] if owner else None
-        yield from _of_tensor(name, owner, module, slot.target.shape, slot.target.runs, slot.local, family)
+        jobs += _of_tensor(name, owner, module, slot.target.shape, slot.target.runs, slot.local, family)
+    return jobs
 
 
 def _config(state: Into) -> Mapping[str, Any] | None:
@@ -106,7 +118,8 @@ def _config(state: Into) -> Mapping[str, Any] | None:
     return None
 
 
-def _of_checkpoint(opened: Checkpoint, threads: int | None) -> Iterator[tuple[str, int]]:
+def _of_checkpoint(opened: Checkpoint, threads: int | None) -> Iterator[list[Job]]:
+    """The jobs of each chunk; they must be done before the next is asked for."""
     raise_fatal(opened)
     opened = decoded(opened)
     owners = owners_of(opened.modules)
@@ -118,13 +131,14 @@ def _of_checkpoint(opened: Checkpoint, threads: int | None) -> Iterator[tuple[st
         need = sum(room(part.target) for part in group)
         buffer = buffer if buffer.numel() >= need else torch.empty(need, dtype=torch.uint8)
         filled, _ = fill(own, group, buffer, threads=threads)
+        jobs: list[Job] = []
         for one in filled:
             target = one.slice.target
             owner = owners.get(target.name)
             module = opened.modules[owner[0]] if owner else None
-            yield from _of_tensor(
-                target.name, owner, module, target.shape, target.runs, one.tensor, opened.family
-            )
+            shape, runs = target.shape, target.runs
+            jobs += _of_tensor(target.name, owner, module, shape, runs, one.tensor, opened.family)
+        yield jobs
 
 
 def _of_tensor(
@@ -135,16 +149,16 @@ def _of_tensor(
     runs: Runs,
     local: torch.Tensor,
     family: Family | None,
-) -> Iterator[tuple[str, int]]:
+) -> Iterator[Job]:
     if not local.numel():
         return
     if owner is None or module is None:
         key = family.canonical(name) if family is not None else name
-        yield key, plain_sum(shape, runs, local)
+        yield key, partial(plain_sum, shape, runs, local)
         return
     for view in leaf_views(owner, module, runs, local, family):
         rows, cols = (torch.arange(start, start + count) for start, count in (view.rows, view.cols))
-        yield view.key, bilinear(view.matrix, rows, cols)
+        yield view.key, partial(bilinear, view.matrix, rows, cols)
 
 
 def plain_sum(shape: tuple[int, ...], runs: Runs, local: torch.Tensor) -> int:
@@ -187,26 +201,33 @@ def _runs(cols: torch.Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def _words(matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> int:
-    """Whole words: rows in blocks, each as [rows, words] of int64."""
-    size = matrix.element_size()
-    ready = matrix.stride(1) == 1 and (
-        (matrix.stride(0) * size) % WORD == 0 and (int(matrix.storage_offset()) * size) % WORD == 0
-    )
-    deep = matrix.shape[0] if ready else max(1, BLOCK // (matrix.shape[1] * size))
+    """Whole words: blocks of rows, or of columns where those lie in memory, as [rows, words] of int64."""
+    size, per = matrix.element_size(), matrix.shape[1] // right.numel()
     if matrix.device.type != "cpu":
         deep = max(1, (64 << 20) // (matrix.shape[1] * size))
+    elif matrix.stride(1) == 1 and all(
+        (int(n) * size) % WORD == 0 for n in (matrix.stride(0), matrix.storage_offset())
+    ):
+        return _product(matrix.view(torch.int64), left, right)
+    elif matrix.stride(0) == 1:
+        step = max(1, BLOCK // (matrix.shape[0] * size * per))
+        blocks = range(0, right.numel(), step)
+        parts = (_packed(matrix[:, per * at : per * (at + step)]) for at in blocks)
+        return sum(
+            _product(p.view(torch.int64), left, right[at : at + step])
+            for at, p in zip(blocks, parts, strict=True)
+        )
+    else:
+        deep = max(1, BLOCK // (matrix.shape[1] * size))
     total = 0
     for top in range(0, matrix.shape[0], deep):
-        part = matrix[top : top + deep]
-        block = part if ready else _packed(part)
+        block = _packed(matrix[top : top + deep])
         total += _product(block.view(torch.int64), left[top : top + deep], right)
     return total
 
 
 def _packed(part: torch.Tensor) -> torch.Tensor:
-    if part.device.type != "cpu":
-        return part.contiguous()
-    room = torch.empty(part.shape, dtype=part.dtype)
+    room = torch.empty(part.shape, dtype=part.dtype, device=part.device)
     move(room, part)
     return room
 

@@ -16,7 +16,14 @@ from pathlib import Path
 
 from restow.checkpoint import Checkpoint, RouterRows, survey
 from restow.entries import Entry, Piece
-from restow.errors import ConfigError, UnexpectedTensorError, UnsupportedFamilyError, UsageError, show
+from restow.errors import (
+    ConfigError,
+    QuantizationError,
+    UnexpectedTensorError,
+    UnsupportedFamilyError,
+    UsageError,
+    show,
+)
 from restow.family import Family
 from restow.files import open_source, read_all
 from restow.find import Module, candidates_of, find_modules
@@ -78,6 +85,13 @@ def like_outline(like: Checkpoint) -> Outline:
     if fatal:
         raise merged(fatal)
     assert like.path is not None
+    if like.codec is not None or like.coded:
+        raise QuantizationError(
+            "a checkpoint with weights as they are as like=",
+            f"quantised ones ({like.codec.method if like.codec is not None else 'codes'})",
+            path=like.path,
+            hint="save without like=, or like a checkpoint that was decoded (restow.convert)",
+        )
     heads = {}
     for name in like.stamps:
         with open_source(Path(like.path) / name) as file:

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import torch
-
 from restow.destination import locate
-from restow.errors import DurabilityUncertainError, IntegrityError, PeerFailedError
+from restow.errors import DurabilityUncertainError, IntegrityError, PeerFailedError, PeerTimeoutError
 from restow.landing import Wish
 from restow.naming import Rename
+from restow.outfiles import OutFile
 from restow.pages import PagedWrites, Range, Write, all_spills, page_of, shared_pages
 from restow.planning import Prepared, plan_of, prepare
 from restow.plans import Plan
@@ -146,27 +145,20 @@ def _lead(job: Job, outline: Outline, plan: Plan, peers: Peers) -> tuple[int, tu
             staging.create(file.name, file.size)
         for name, data in outline.side.items():
             staging.add(name, data)
-        page, token = 0, ""
+        page = 0
         if peers.size > 1:
             page = page_of(folder) if job.page is None else job.page
             token = sha256(os.urandom(16)).hexdigest()
             leave_witness(folder, token)
             peers.say("begin", json.dumps([token, str(folder), page]))
-        heads = [Range(file.name, 0, len(file.head)) for file in outline.files]
-        paged = _paged(staging.write, page, folder, [*heads, *_ranges(plan, page)], peers)
-        for file in outline.files:
-            paged.write(file.name, 0, memoryview(file.head))
-        written = write_plan(
-            plan, _locals(job), paged.write, threads=job.threads, done=_watched(job, plan, peers)
-        )
-        if page:
-            paged.collect(peers.pool("edges", paged.spilled(), all_spills))
+        written = _fill(job, plan, staging.write, page, folder, peers, heads=outline.files)
         for rank in range(1, peers.size):
             for name, count in json.loads(peers.hear("written", rank)).items():
                 staging.book(name, count)
         if peers.size > 1:
             remove_witness(folder)
-        staging.finish({"source": {"saved_by_ranks": peers.size}})
+        # A rank that was given up meanwhile, this one too, must not publish: the others have said that nobody did.
+        staging.finish({"source": {"saved_by_ranks": peers.size}}, before=lambda: peers.watch("published"))
     peers.say("published", "yes")
     return written, staging.notes
 
@@ -175,17 +167,12 @@ def _follow(job: Job, outline: Outline, plan: Plan, peers: Peers) -> tuple[int, 
     """Every other rank: write its share into rank 0's files, sync, report, wait for the publication."""
     token, folder, page = json.loads(peers.hear("begin", 0))
     with Share(Path(folder), token, peers.rank) as share:
-        paged = _paged(share.write, page, Path(folder), _ranges(plan, page), peers)
-        written = write_plan(
-            plan, _locals(job), paged.write, threads=job.threads, done=_watched(job, plan, peers)
-        )
-        if page:
-            paged.collect(peers.pool("edges", paged.spilled(), all_spills))
+        written = _fill(job, plan, share.write, page, Path(folder), peers)
         share.sync(between=lambda: peers.watch("written"))
         peers.say("written", json.dumps(share.counts))
         try:
             peers.hear("published", 0)
-        except PeerFailedError as error:
+        except (PeerFailedError, PeerTimeoutError) as error:
             if not share.published_as(locate(job.path).path):
                 raise
             raise DurabilityUncertainError(
@@ -195,20 +182,24 @@ def _follow(job: Job, outline: Outline, plan: Plan, peers: Peers) -> tuple[int, 
     return written, ()
 
 
-def _ranges(plan: Plan, page: int) -> list[Range]:
-    """The bytes that a plan writes, where pages matter; the gaps that a read would read through count too."""
-    return [Range(*read) for read in plan.reads] if page else []
-
-
-def _paged(write: Write, page: int, folder: Path, ranges: Sequence[Range], peers: Peers) -> PagedWrites:
-    paged = PagedWrites(write, page, folder, peers.rank, machine())
-    if page:
-        paged.learn(peers.pool("pages", paged.told(ranges), shared_pages))
-    return paged
-
-
-def _locals(job: Job) -> dict[str, torch.Tensor]:
-    return {name: slot.local for name, slot in job.slots.items()}
+def _fill(
+    job: Job, plan: Plan, write: Write, page: int, folder: Path, peers: Peers, heads: Sequence[OutFile] = ()
+) -> int:
+    """Write this rank's share and, where pages matter, what other nodes have for its pages; the bytes of the share."""
+    with PagedWrites(write, page, folder, peers.rank, machine()) as paged:
+        if page:  # the gaps that a read would read through count as touched, too
+            ranges = [
+                *(Range(file.name, 0, len(file.head)) for file in heads),
+                *(Range(*r) for r in plan.reads),
+            ]
+            paged.learn(peers.pool("pages", paged.told(ranges), shared_pages))
+        for file in heads:
+            paged.write(file.name, 0, memoryview(file.head))
+        tensors = {name: slot.local for name, slot in job.slots.items()}
+        written = write_plan(plan, tensors, paged.write, threads=job.threads, done=_watched(job, plan, peers))
+        if page:
+            paged.collect(peers.pool("edges", paged.spilled(), all_spills))
+    return written
 
 
 def _watched(job: Job, plan: Plan, peers: Peers) -> Callable[[int], None]:
