@@ -1,6 +1,6 @@
 """Faults at every call that changes a file system: record the calls of a run, then break the i-th one.
 
-`forked` runs a function in a child, so that it can be killed; `Faults` stands in for the functions of
+`forked` runs a function in a child, so that it can be killed (`fork` does not wait for it); `Faults` stands in for the functions of
 `restow.writing`; `tree` and `outcome` say what a folder holds, byte for byte.
 """
 
@@ -12,9 +12,10 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,8 +117,28 @@ class Faults:
             self.outside.append(f"{event} {args[0]}")
 
 
-def forked(work: Callable[[], object]) -> End:
-    """Run `work` in a child; what it raises or returns must pickle."""
+class Child(NamedTuple):
+    """A process that runs some work: its number, and the end of the pipe that its words come out of."""
+
+    number: int
+    reader: int
+
+    def end(self) -> End:
+        """Wait for it; what it raised or returned."""
+        with os.fdopen(self.reader, "rb") as pipe:
+            data = pipe.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(self.number, 0)[1])
+        assert status <= 0, f"the child itself failed: {status}"
+        return End(-status, None, None) if status else pickle.loads(data)
+
+
+def fork(work: Callable[[], object], beside: Sequence[Child] = ()) -> Child:
+    """Run `work` in a child; what it raises or returns must pickle. From the main thread alone: one that forks while
+    another does can leave its child a lock that nobody will ever give back.
+
+    `beside` are children that still run: their pipes are no business of this one's.
+    """
+    assert threading.current_thread() is threading.main_thread()
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -127,7 +148,8 @@ def forked(work: Callable[[], object]) -> End:
     if not child:
         code = 0
         try:
-            os.close(reader)
+            for fd in (reader, *(other.reader for other in beside)):
+                os.close(fd)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 end = End(0, None, work())
@@ -142,11 +164,12 @@ def forked(work: Callable[[], object]) -> End:
             code = 97
         os._exit(code)
     os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        data = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status <= 0, f"the child itself failed: {status}"
-    return End(-status, None, None) if status else pickle.loads(data)
+    return Child(child, reader)
+
+
+def forked(work: Callable[[], object]) -> End:
+    """Run `work` in a child and wait for its end."""
+    return fork(work).end()
 
 
 def tree(folder: Path) -> Tree:

@@ -1,16 +1,19 @@
-"""One gloo process of the mixin's tests: every check of one mesh, on this rank's own part.
+"""The gloo processes of the mixin's tests: every check of one mesh, each rank on its own part.
 
-`python tests/mixin_ranks.py RENDEZVOUS RANK WORLD CHECK FOLDER SIZES` with sizes by mesh dim, e.g.
-ep=4,ep_shard=1.
+`python tests/mixin_ranks.py RENDEZVOUS WORLD CHECK FOLDER SIZES` forks the ranks, with sizes by mesh dim, e.g.
+ep=4,ep_shard=1, and prints their exit codes.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping
 from datetime import timedelta
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -220,33 +223,45 @@ def main(rendezvous: str, rank: int, world: int, check: str, folder: str, sizes:
     distributed.destroy_process_group()
 
 
+def fork_ranks(rendezvous: str, world: int, check: str, folder: str, sizes: str) -> list[int]:
+    """Every rank as a fork of this process, which has imported all there is to import; their exit codes."""
+    if check == "against":
+        import mixin_against  # noqa: F401
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            log = os.open(Path(folder) / f"{check}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            main(rendezvous, rank, world, check, folder, sizes)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
 def run(check: str, folder: Path, env: Mapping[str, str] | None = None, **sizes: int) -> None:
     """Run one check on all ranks, each a process of its own; fails with their last words."""
-    world = 1
-    for size in sizes.values():
-        world *= size
-    rendezvous = f"file://{folder / f'rendezvous-{check}'}"
+    world = prod(sizes.values())
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
-    words = [sys.executable, __file__, rendezvous]
-    logs = [(folder / f"{check}-{rank}.log").open("w+") for rank in range(world)]
-    ranks = [
-        subprocess.Popen(
-            [*words, str(rank), str(world), check, str(folder), text],
-            stdout=log, stderr=log, env={**os.environ, **(env or {})},
-        )
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        codes = [process.wait(300) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    said = [(folder / f"{check}-{rank}.log").read_text()[-3000:] for rank in range(world)]
-    assert codes == [0] * world, "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(said))
+    rendezvous = f"file://{folder / f'rendezvous-{check}'}"
+    done = subprocess.run(
+        [sys.executable, __file__, rendezvous, str(world), check, str(folder), text],
+        capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False,
+    )  # fmt: skip
+    logs = [folder / f"{check}-{rank}.log" for rank in range(world)]
+    said = [log.read_text()[-3000:] if log.exists() else "" for log in logs]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == [0] * world, "\n".join(f"rank {r}: {t}" for r, t in enumerate(said))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:7])
+    print(json.dumps(fork_ranks(sys.argv[1], int(sys.argv[2]), *sys.argv[3:6])))

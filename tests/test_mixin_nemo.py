@@ -22,7 +22,7 @@ LATEST, EARLIER = "0.7.0", "0.6.0"
 MESHES = [{"ep_replicate": 1, "ep_shard": 1, "ep": 2}, {"ep_replicate": 1, "ep_shard": 2, "ep": 2}]
 
 
-@pytest.fixture(scope="module", params=[LATEST, EARLIER])
+@pytest.fixture(scope="module", params=[LATEST, pytest.param(EARLIER, marks=pytest.mark.slow)])
 def peer(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, str], Path]:

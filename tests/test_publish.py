@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import ERRORS, INTERRUPTS, KILLS, End, Faults, Tree, forked, outcome, tree
+from faults import ERRORS, INTERRUPTS, KILLS, Child, End, Faults, Tree, fork, forked, outcome, tree
 from restow import locking, manifest, writing
 from restow.destination import locate, unfinished
 from restow.errors import (
@@ -368,24 +368,18 @@ def test_the_checker_catches_a_writer_that_is_not_atomic(fast: Path) -> None:
 
 def test_two_writers_cannot_both_win(fast: Path) -> None:
     ready, go = os.pipe(), os.pipe()
-    ends: dict[int, End] = {}
 
-    def writer(fill: int) -> None:
-        def work() -> int:
-            os.write(ready[1], b"r")
-            os.read(go[0], 1)
-            publish(fast / "x", fill, wait=lambda: time.sleep(0.3))
-            return os.getpid()
+    def work(fill: int) -> int:
+        os.write(ready[1], b"r")
+        os.read(go[0], 1)
+        publish(fast / "x", fill, wait=lambda: time.sleep(0.3))
+        return os.getpid()
 
-        ends[fill] = forked(work)
-
-    threads = [threading.Thread(target=writer, args=(fill,)) for fill in (1, 2)]
-    for thread in threads:
-        thread.start()
+    first = fork(lambda: work(1))
+    second = fork(lambda: work(2), beside=[first])
     assert len(os.read(ready[0], 1)) + len(os.read(ready[0], 1)) == 2
     os.write(go[1], b"gg")
-    for thread in threads:
-        thread.join()
+    ends = {1: first.end(), 2: second.end()}
     for fd in (*ready, *go):
         os.close(fd)
     (winner,) = [fill for fill, end in ends.items() if end.error is None]
@@ -414,12 +408,10 @@ def test_the_lock_changes_hands_without_a_gap(fast: Path) -> None:
             wins += 1
         return wins
 
-    ends: list[End] = []
-    threads = [threading.Thread(target=lambda: ends.append(forked(work))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    children: list[Child] = []
+    for _ in range(4):
+        children.append(fork(work, beside=children))
+    ends = [child.end() for child in children]
     assert [end.error for end in ends] == [None] * 4
     assert [end.value for end in ends] == [200] * 4
     assert list(fast.iterdir()) == []
