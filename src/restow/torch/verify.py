@@ -21,7 +21,7 @@ from restow.decoded import DecodedTensors, decoded
 from restow.errors import UsageError, show
 from restow.find import Module
 from restow.landing import Wish, pair_modules
-from restow.layout import name_of
+from restow.layout import name_of, shape_of
 from restow.naming import Rename, check_rename, renamed
 from restow.notation import Row
 from restow.opening import family_of, open_checkpoint
@@ -162,6 +162,7 @@ def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: b
                 found.append(Difference("shape", path, why=why))
                 continue
             gaps = [*_gaps(other, row.role, "there"), *_gaps(module, row.role, "here")]
+            gaps += [*_misfits(first, other, row.role, "there"), *_misfits(second, module, row.role, "here")]
             if gaps:
                 found += gaps
                 continue
@@ -205,6 +206,16 @@ def _gaps(module: Module, role: str, where: str) -> list[Difference]:
     lost = [place for place, name in enumerate(module.tensors[role]) if name is None]
     why = f"missing {where}; the other tensors of role '{role}' of {show(module.path)} were not compared"
     return [Difference("missing", f"{module.path}.{_spelled(row, place, module)}", why=why) for place in lost]
+
+
+def _misfits(side: Checkpoint, module: Module, role: str, where: str) -> list[Difference]:
+    """The tensors of a role that have another shape than their module's sizes say; one without elements, too."""
+    wanted = shape_of(module.layout.row(role), module.sizes)
+    shapes = {n: tuple(side.tensors[n].shape) for n in module.tensors[role] if n is not None}
+    why = f"{where}, {list(wanted)} by the sizes of {show(module.path)}; its role '{role}' was not compared"
+    return [
+        Difference("shape", n, why=f"{list(shape)} {why}") for n, shape in shapes.items() if shape != wanted
+    ]
 
 
 def _spelled(row: Row, place: int, module: Module) -> str:
