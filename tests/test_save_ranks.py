@@ -544,6 +544,42 @@ def test_a_full_disk_on_one_rank(world: int, tmp_path: Path, old: dict[str, byte
     again(tmp_path)
 
 
+def full_while_others_sleep(rank: int, folder: Path, full: int, sleeps: str) -> None:
+    """A rank's disk is full; the others come to their files, or to the folder, when rank 0 has taken all away."""
+
+    def wait_first(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any) -> Any:
+            while any(path.name.startswith(".out.partial") for path in folder.iterdir()):
+                time.sleep(0.01)
+            return real(*args)
+
+        setattr(module, name, call)
+
+    if rank not in (full, 0):
+        together._watched = lambda *_: lambda count: None  # it does not look for the others while it writes
+        wait_first(*((writing, "reopen") if sleeps == "files" else (sharing, "_opened")))
+    guarded(rank, folder, f"full {full}")
+
+
+@pytest.mark.parametrize("sleeps", ["files", "folder"])
+@pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_whose_files_are_gone_says_why(
+    full: int, sleeps: str, tmp_path: Path, old: dict[str, bytes]
+) -> None:
+    """Whose files were taken away is told of the rank that failed, whenever it looks."""
+    ended = ranks(3, tmp_path, full_while_others_sleep, tmp_path, full, sleeps)
+    assert type(ended[full].error) is errors.NoSpaceError
+    for rank in {0, 1, 2} - {full}:
+        error = ended[rank].error
+        assert type(error) is errors.PeerFailedError, error
+        assert f"expected rank {full} to reach '" in str(error)
+        assert "found NoSpaceError there" in str(error)
+    assert files(tmp_path / "out") == old
+    assert nothing_left(tmp_path)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("what", ["killed", "killed-at-sync"])
 def test_a_rank_killed_in_the_middle(what: str, world: int, tmp_path: Path, old: dict[str, bytes]) -> None:
