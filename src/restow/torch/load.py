@@ -23,6 +23,7 @@ from restow.errors import (
     IntegrityError,
     MissingTensorError,
     PrecisionError,
+    RestowError,
     UnexpectedTensorError,
     UsageError,
     show,
@@ -286,9 +287,9 @@ def _allowed(names: Sequence[str], patterns: Sequence[str], option: str, error: 
 
 
 def _missing_error(opened: Checkpoint) -> Any:
-    def error(names: Sequence[str]) -> MissingTensorError:
+    def error(names: Sequence[str]) -> RestowError:
         files = sorted({entry.pieces[0].file for entry in opened.tensors.values() if entry.pieces[0].file})
-        return MissingTensorError(
+        mine = MissingTensorError(
             "every tensor of the destination in the source",
             f"{len(names)} that it does not hold",
             path=opened.path,
@@ -296,6 +297,8 @@ def _missing_error(opened: Checkpoint) -> Any:
             sections=[("missing", map(show, names)), ("looked in", map(show, files))],
             hint="rename= says how names differ; allow_missing= leaves a tensor as it is",
         )
+        # What the source itself lacks is said in its own names, too.
+        return merged([mine, *(problem.error for problem in opened.problems if problem.fatal)])
 
     return error
 
