@@ -22,6 +22,7 @@ from restow.match import Matcher
 from restow.naming import fits
 from restow.notation import Part, Row
 from restow.problems import Problem
+from restow.stated import stated_candidates
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,20 @@ def survey(
     given: bool = False,
     stamps: Mapping[str, tuple[int, ...]] | None = None,
     codec: Announced | None = None,
+    stated: Layout | None = None,
 ) -> Checkpoint:
-    """Find the experts modules and router tensors among `tensors`. Raises `ConfigError` for impossible sizes."""
+    """Find the experts modules and router tensors among `tensors`; `stated` is what their own files say of their layout.
+
+    Raises `ConfigError` for impossible sizes.
+    """
     sizes = dict(family.read_sizes(config)) if family is not None and config is not None else {}
     sizes.setdefault("p", len(family.labels) if family else 2)
     routers = RouterRows(family)
+    told = stated if layout is None else None
+    candidates = candidates_of(family, layout) if told is None else stated_candidates(told, family)
     found = find_modules(
         _Shapes(tensors),
-        with_scales(candidates_of(family, layout), codec),
+        with_scales(candidates, codec),
         sizes,
         claimed=lambda name: (
             layout is not None

@@ -17,6 +17,7 @@ from restow.coding import Coding
 from restow.decoded import FLOATS, Coded, DecodedTensors, coded_as, decoded, kept_coded
 from restow.entries import Entry
 from restow.errors import AmbiguousTensorError, CoverageError, MissingTensorError, ShapeMismatchError, show
+from restow.family import Family
 from restow.find import Module
 from restow.landing import Wish, chosen_experts, find_landing, held_side, layout_of, pair_modules
 from restow.layout import Layout, axis_size, name_of, shape_of
@@ -164,6 +165,7 @@ def default_targets(
     for path, module in source.modules.items():
         to = layout_of(layout or "grouped", source.family)
         assert to is not None
+        home = home_of(path, to, source.family)
         to = coded_as(to, module) if module.codec is not None else to
         experts = chosen_experts(wish.experts, path, module.sizes.get("e", 0))
         sizes = {**module.sizes, **({"e": len(experts)} if experts is not None else {})}
@@ -183,10 +185,18 @@ def default_targets(
             else:
                 keep = {}
             for name in _names(row, sizes, keep):
-                targets.append(whole_target(f"{path}.{name}", shape, dtype))
+                targets.append(whole_target(f"{home}.{name}", shape, dtype))
     others = ((name, source.tensors[name]) for name in source.others)
     targets += [whole_target(name, entry.shape, entry.dtype) for name, entry in others]
     return targets
+
+
+def home_of(path: str, to: Layout, family: Family | None) -> str:
+    """An experts module's path in layout `to`: the same, unless the family spells that below another container only."""
+    containers = [s.container for s in family.candidates() if s.layout == to] if family is not None else []
+    if family is None or not containers or any(f".{path}".endswith(f".{c}" if c else "") for c in containers):
+        return path
+    return f"{family.layer(path)}.{containers[0]}".lstrip(".")
 
 
 def _names(row: Row, sizes: Mapping[str, int], keep: Mapping[str, Iterable[int]]) -> list[str]:
@@ -445,6 +455,7 @@ def _lost_error(source: Checkpoint, lost: Sequence[Lost]) -> MissingTensorError:
 __all__ = [
     "Prepared",
     "default_targets",
+    "home_of",
     "make_plan",
     "pair_others",
     "plan_of",
