@@ -70,6 +70,14 @@ def chosen_experts(experts: Experts, path: str, size: int) -> tuple[int, ...] | 
     return tuple(numbers)
 
 
+def check_modules(source: Checkpoint, experts: Experts) -> None:
+    """Raise `UsageError` where experts are chosen for a module that the source does not have."""
+    strangers = [p for p in experts if p not in source.modules] if isinstance(experts, Mapping) else []
+    if strangers:
+        known = ", ".join(map(show, list(source.modules)[:3]))
+        raise UsageError(f"experts by module, such as {known}", f"{show(strangers[0])}", path=source.path)
+
+
 def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) -> Findings:
     """The experts modules of the destination. Raises what `find_modules` found wrong, all of it in one error."""
     family = wish.family or source.family
@@ -81,9 +89,10 @@ def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) 
     local: dict[str, int] = {}
     if wish.shard is not None:
         axis = wish.shard.axis
-        if axis not in sizes:
+        axes = {a for m in source.modules.values() for row in m.layout.rows for a in row.axes} & set(sizes)
+        if axis not in axes:
             raise UsageError(
-                f"an axis whose size the source gives, one of {', '.join(sorted(sizes))}", f"'{axis}'"
+                f"an axis whose size the source gives, one of {', '.join(sorted(axes))}", f"'{axis}'"
             )
         local = {axis: wish.shard.run(sizes[axis])[1]}
     shapes = {name: target.shape for name, target in targets.items()}
