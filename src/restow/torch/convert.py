@@ -26,7 +26,7 @@ from restow.codec import without_quantization
 from restow.codecs import rounds
 from restow.decoded import CodedWeights
 from restow.errors import MissingTensorError, UnexpectedTensorError, UsageError, show
-from restow.landing import Experts, Wish, chosen_experts, layout_of
+from restow.landing import Experts, Wish, check_modules, chosen_experts, layout_of
 from restow.layout import Layout
 from restow.mending import FLOATS as CASTS
 from restow.mending import with_dtype, with_experts
@@ -39,7 +39,7 @@ from restow.record import SECTION, make_record, read_record
 from restow.sidefiles import side_files
 from restow.stated import statement
 from restow.targets import Target, whole_target
-from restow.torch.chunks import CHUNK, Filled, Slice, raw, slices, stream
+from restow.torch.chunks import CHUNK, Filled, Slice, raw, side_by_side, slices, stream
 from restow.torch.digesting import Digests
 from restow.torch.dtypes import dtype_name, narrows, wider
 from restow.torch.read import Progress
@@ -73,7 +73,7 @@ class ConvertReport:
         rate = self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
         lines = [
             f"converted to {self.layout}: {self.tensors:,} tensors, {self.bytes_written:,} bytes in "
-            f"{self.files} files at {show(self.target)}, {self.seconds:.1f} s ({rate:.2f} GB/s)"
+            f"{self.files} file{'s' if self.files != 1 else ''} at {show(self.target)}, {self.seconds:.1f} s ({rate:.2f} GB/s)"
         ]
         if self.narrowed:
             name, cast = next(iter(self.narrowed.items()))
@@ -256,11 +256,7 @@ def _undo(opened: Checkpoint, sides: Mapping[str, bytes], left: tuple[str, ...])
 
 
 def _judge_experts(opened: Checkpoint, experts: Experts) -> None:
-    if isinstance(experts, Mapping):
-        strangers = [path for path in experts if path not in opened.modules]
-        if strangers:
-            known = ", ".join(map(show, list(opened.modules)[:3]))
-            raise UsageError(f"experts by module, such as {known}", f"{show(strangers[0])}", path=opened.path)
+    check_modules(opened, experts)
     for numbers in experts.values() if isinstance(experts, Mapping) else [] if experts is None else [experts]:
         if isinstance(numbers, str) or not len(numbers):
             raise UsageError("the numbers of the experts to keep, at least one", f"{numbers!r}")
@@ -382,7 +378,7 @@ def _write(
             staging.create(file.name, file.size)
             account(file.name, staging.write(file.name, 0, file.head))
         shown = _progress(progress, total)
-        parts = _slices(job, kept)
+        parts = _slices(job, kept, sha256)
         read = stream(job.prepared, parts, hand_on, threads=threads, progress=shown, chunk=CHUNK)
         for future in sealed:
             future.result()
@@ -403,11 +399,13 @@ def _kept(job: _Job, staging: Staging, digests: Digests) -> set[str]:
     return kept
 
 
-def _slices(job: _Job, kept: Container[str]) -> Iterator[Slice]:
-    for file in job.files:
-        for tensor in file.tensors:
-            if tensor.end > tensor.begin and file.name not in kept:
-                yield from slices(job.prepared.targets[tensor.name], CHUNK // 2)
+def _slices(job: _Job, kept: Container[str], in_order: bool) -> Iterator[Slice]:
+    """What is to be filled: file by file where files are summed `in_order`, else with gate beside up."""
+    placed = (tensor for file in job.files if file.name not in kept for tensor in file.tensors)
+    targets = [job.prepared.targets[tensor.name] for tensor in placed if tensor.end > tensor.begin]
+    if in_order:
+        return (part for target in targets for part in slices(target, CHUNK // 2))
+    return side_by_side(job.prepared, targets, CHUNK // 2)
 
 
 def _progress(progress: Progress | bool | None, total: int) -> Any:

@@ -20,6 +20,7 @@ from restow.checkpoint import Checkpoint
 from restow.decoded import DecodedTensors, decoded
 from restow.errors import UsageError, show
 from restow.find import Module
+from restow.joining import joined
 from restow.landing import Wish, pair_modules
 from restow.layout import name_of
 from restow.naming import Rename, check_rename, renamed
@@ -70,7 +71,9 @@ def verify(
         raise merged([problem.error for side in (first, second) for problem in side.problems])
     first, second = decoded(first), decoded(second)
     sides = _pair(first, second, rename, experts_only)
-    read, compared, found, notes = _compare(sides, chosen(second, sides.targets, sample), threads, progress)
+    read, compared, found, notes = _compare(
+        sides, chosen(second, sides.prepared, sides.targets, sample), threads, progress
+    )
     found = [*sides.differences, *explain(found, first, second, sides.prepared, threads)]
     return VerifyReport(
         equal=not found,
@@ -228,12 +231,13 @@ def _compare(
     total = sum(sides.nbytes(part.target) for part in chosen)
     read = done = 0
     buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+    joint = joined(sides.prepared)
     for group in grouped(iter(chosen), CHUNK):
         need = sum(room(part.target) for part in group)
         buffers = [
             b if b.numel() >= need else torch.empty(max(need, CHUNK), dtype=torch.uint8) for b in buffers
         ]
-        theirs, got = fill(sides.prepared, group, buffers[0], threads=threads)
+        theirs, got = fill(sides.prepared, group, buffers[0], joint=joint, threads=threads)
         ours, more = fill(sides.own, group, buffers[1], threads=threads)
         read += got + more
         for left, right in zip(theirs, ours, strict=True):
