@@ -916,7 +916,7 @@ def test_the_report_says_what_was_done(tmp_path: Path) -> None:
     assert report.bytes_read == sum(t.nbytes for t in read(source).values())
     assert report.bytes_written == size
     line = str(report).splitlines()[0]
-    assert line.startswith(f"converted to fused: 9 tensors, {size:,} bytes in 1 files at {tmp_path}/a, ")
+    assert line.startswith(f"converted to fused: 9 tensors, {size:,} bytes in 1 file at {tmp_path}/a, ")
     assert str(restow.convert(tmp_path / "a", tmp_path / "b", to="source")).startswith(
         "converted to its source's layout"
     )

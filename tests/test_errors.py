@@ -157,7 +157,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "an axis that is none": (
         lambda at: restow.plan(changed(at), shard=restow.Shard("x", 0, 2)),
         "UsageError",
-        "expected an axis whose size the source gives, one of L, d, e, f, p, found 'x'",
+        "expected an axis whose size the source gives, one of d, e, f, p, found 'x'",
     ),
     "a plan that is none": (
         lambda at: Plan.from_json('{"restow_plan": 99}'),

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import restow
 import tiny
 from moe import AT, Model, differing
+from restow.cli import app
 from restow.errors import PrecisionError, ShapeMismatchError, UsageError
 
 SMALL = Model()
@@ -113,3 +115,33 @@ def test_a_plan_without_a_destination_is_renamed_too(tmp_path: Path) -> None:
     }
     assert restow.load(source, into, rename=rename).bytes_read == plan.bytes
     assert differing(into, wanted) == []
+
+
+def test_flattened_experts_in_memory_are_counted_by_their_routers() -> None:
+    model, other = tiny.build("dbrx"), tiny.build("dbrx")
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    report = restow.load(state, other, family="dbrx")
+    assert not report.missing and not report.unused
+    assert differing(dict(other.state_dict()), state) == []
+    grouped = restow.relayout(state, dst="grouped", family="dbrx")
+    assert differing(restow.relayout(grouped, dst="hf", family="dbrx"), state) == []
+
+
+def test_a_conversion_says_a_check_that_can_succeed(tmp_path: Path) -> None:
+    source = SMALL.written(tmp_path / "source")
+    (tmp_path / "keep.json").write_text("[1, 2]")
+    for number, (words, against) in enumerate((
+        ([], f"{source} {tmp_path / '0'}"),
+        (["--keep-experts", str(tmp_path / "keep.json")], f"{tmp_path / '1'}    (the source holds other values)"),
+        (["--dtype", "f16"], f"{tmp_path / '2'}    (the source holds other values)"),
+        (["--dtype", "f32"], f"{source} {tmp_path / '3'}"),
+    )):  # fmt: skip
+        made = tmp_path / str(number)
+        done = CliRunner().invoke(app, ["convert", str(source), str(made), "--to", "fused", *words])
+        assert done.exit_code == 0
+        assert f"check it with: restow verify {against}\n" in done.stdout
+        checked = against.partition("    ")[0].split()
+        assert CliRunner().invoke(app, ["verify", *checked]).exit_code == 0

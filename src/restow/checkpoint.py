@@ -115,6 +115,8 @@ def survey(
     routers = RouterRows(family)
     told = stated if layout is None else None
     candidates = candidates_of(family, layout) if told is None else stated_candidates(told, family)
+    if "e" not in sizes and any(_flat(row) for s in candidates for row in s.layout.rows):
+        sizes.update(_counted(tensors, routers))
     found = find_modules(
         _Shapes(tensors),
         with_scales(candidates, codec),
@@ -141,6 +143,22 @@ def survey(
         stamps=stamps or {},
         codec=codec,
     )
+
+
+def _flat(row: Row) -> bool:
+    """Whether a dim holds the experts and something else: its length alone does not say how many they are."""
+    return any(len(dim.factors) > 1 and any(f.axis == "e" for f in dim.factors) for dim in row.dims)
+
+
+def _counted(tensors: Mapping[str, Entry], routers: RouterRows) -> dict[str, int]:
+    """The number of experts by the router tensors' shapes, where all of them agree."""
+    counts = set()
+    for name, entry in tensors.items():
+        row = routers.row(name)
+        dims = list(map(str, row.dims)) if row is not None else []
+        if "e" in dims and len(dims) == len(entry.shape):
+            counts.add(entry.shape[dims.index("e")])
+    return {"e": counts.pop()} if len(counts) == 1 else {}
 
 
 class _Shapes(Mapping[str, tuple[int, ...]]):
