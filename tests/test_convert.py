@@ -488,6 +488,34 @@ def test_widening_changes_no_value(tmp_path: Path) -> None:
     assert restow.verify(source, tmp_path / "a").equal
 
 
+def test_the_config_says_the_dtype_of_the_files(tmp_path: Path) -> None:
+    config = {**SMALL.config, "dtype": "torch.bfloat16", "rope": {"dtype": "none of ours"},
+              "text_config": {"dtype": "float32", "sub": {"torch_dtype": "bfloat16"}}}  # fmt: skip
+    source = SMALL.written(tmp_path / "source")
+    (source / "config.json").write_text(json.dumps(config))
+    restow.convert(source, tmp_path / "a", to="fused", dtype=torch.float16)
+    changed = {**config, "dtype": "float16", "torch_dtype": "float16",
+               "text_config": {"dtype": "float16", "sub": {"torch_dtype": "float16"}}}  # fmt: skip
+    assert json.loads((tmp_path / "a" / "config.json").read_text()) == changed
+    restow.convert(source, tmp_path / "b", to="fused")
+    assert (tmp_path / "b" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    hub = tiny.saved("qwen3_moe", dtype=torch.bfloat16)
+    restow.convert(hub, tmp_path / "c", to="hf", dtype=torch.float32, experts=list(range(8)))
+    said = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert (said["dtype"], said["num_local_experts"]) == ("float32", 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_weights_are_cast_to_floats_that_can_hold_them(dtype: torch.dtype, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        restow.convert(SMALL.written(tmp_path / "source"), tmp_path / "a", to="fused", dtype=dtype)
+    assert str(caught.value) == (
+        f"expected dtype= as one of float64, float32, float16, bfloat16, found {str(dtype)[6:]}\n"
+        "  try       codes of fewer bits need scales: a cast gives none"
+    )
+    assert not (tmp_path / "a").exists()
+
+
 def test_casts_leave_integers_alone(tmp_path: Path) -> None:
     source = SMALL.written(tmp_path / "source", steps=torch.tensor([2**40]), mask=torch.tensor([True]))
     report = restow.convert(source, tmp_path / "a", to="grouped", dtype=torch.float16)
@@ -888,7 +916,7 @@ def test_the_report_says_what_was_done(tmp_path: Path) -> None:
     assert report.bytes_read == sum(t.nbytes for t in read(source).values())
     assert report.bytes_written == size
     line = str(report).splitlines()[0]
-    assert line.startswith(f"converted to fused: 9 tensors, {size:,} bytes in 1 files at {tmp_path}/a, ")
+    assert line.startswith(f"converted to fused: 9 tensors, {size:,} bytes in 1 file at {tmp_path}/a, ")
     assert str(restow.convert(tmp_path / "a", tmp_path / "b", to="source")).startswith(
         "converted to its source's layout"
     )

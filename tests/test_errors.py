@@ -104,6 +104,9 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "  extra     model.layers.0.mlp.experts.2.gate_proj.weight\n"
         "            model.layers.0.mlp.experts.2.up_proj.weight\n"
         "            model.layers.0.mlp.experts.2.down_proj.weight\n"
+        "            model.layers.1.mlp.experts.2.gate_proj.weight\n"
+        "            model.layers.1.mlp.experts.2.up_proj.weight\n"
+        "            model.layers.1.mlp.experts.2.down_proj.weight\n"
         "  and in    model.layers.1.mlp.experts\n"
         "  try       check the number of experts in config.json against the files",
     ),
@@ -137,12 +140,28 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "expected shape [3, 6, 8] for model.layers.0.mlp.experts.gate_and_up_projs, found [4, 6, 8]\n"
         "  tensors   model.layers.0.mlp.experts.gate_and_up_projs [4, 6, 8], expected [3, 6, 8]\n"
         "            model.layers.0.mlp.experts.down_projs [4, 4, 6], expected [3, 4, 6]\n"
+        "            model.layers.1.mlp.experts.gate_and_up_projs [4, 6, 8], expected [3, 6, 8]\n"
+        "            model.layers.1.mlp.experts.down_projs [4, 4, 6], expected [3, 4, 6]\n"
         "  layout    in   gate_and_up_projs  e d (p f)\n"
         "            out  down_projs         e f d\n"
         "  sizes     d = 6, e = 3, f = 4, p = 2\n"
         "  and in    model.layers.1.mlp.experts\n"
         "  try       check config.json against the files: sizes come from the config first, "
         "shapes must agree",
+    ),
+    "a layer without experts": (
+        lambda at: restow.load(
+            changed(at, lambda t: [t.pop(n) for n in list(t) if "layers.1.mlp.experts" in n]), grouped()
+        ),
+        "MissingTensorError",
+        "expected every tensor of the destination in the source, found 2 that it does not hold\n"
+        "  missing   model.layers.1.mlp.experts.gate_and_up_projs\n"
+        "            model.layers.1.mlp.experts.down_projs\n"
+        "  looked in model.safetensors\n"
+        "  also      MissingTensorError: expected 3 experts in model.layers.1.mlp.experts, found none "
+        "(model.layers.1.mlp.experts.0.gate_proj.weight, {at}/m)\n"
+        "  in        {at}/m\n"
+        "  try       rename= says how names differ; allow_missing= leaves a tensor as it is",
     ),
     "a layout that is none": (
         lambda at: restow.plan(SMALL.spelled("split"), layout="gruped"),
@@ -157,7 +176,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "an axis that is none": (
         lambda at: restow.plan(changed(at), shard=restow.Shard("x", 0, 2)),
         "UsageError",
-        "expected an axis whose size the source gives, one of L, d, e, f, p, found 'x'",
+        "expected an axis whose size the source gives, one of d, e, f, p, found 'x'",
     ),
     "a plan that is none": (
         lambda at: Plan.from_json('{"restow_plan": 99}'),

@@ -285,6 +285,22 @@ def test_one_cause_in_many_modules_is_one_finding() -> None:
     assert "            ... 9 more\n" in text
 
 
+def test_a_flag_in_one_layer_is_none_that_others_lack() -> None:
+    shapes = {
+        **ENDS,
+        **split_layer("model.layers.0"),
+        **split_layer("model.layers.1"),
+        "model.layers.1.flags": (8,),
+    }
+    config = {**V3, "num_experts": 4, "num_hidden_layers": 2}
+    for dtype, lost in (("BOOL", []), ("BF16", ["model.layers.0.flags"])):
+        held = entries(shapes)
+        held["model.layers.1.flags"] = held["model.layers.1.flags"]._replace(dtype=dtype)
+        found = survey(held, family=FAMILIES["qwen3_moe"], config=config)
+        told = [*found.problems, *judge(found, {name: entry.dtype for name, entry in held.items()})]
+        assert [problem.error.tensor for problem in told] == lost
+
+
 # Numbers that would be bombs, and time.
 
 

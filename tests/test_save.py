@@ -504,7 +504,7 @@ def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
 def test_the_report(tmp_path: Path) -> None:
     report = save(Model().spelled("grouped"), tmp_path / "out", family="qwen3_moe")
     text = str(report)
-    assert text.startswith(f"saved {report.tensors} tensors in 1 files at {tmp_path / 'out'}: ")
+    assert text.startswith(f"saved {report.tensors} tensors in 1 file at {tmp_path / 'out'}: ")
     assert f"{report.bytes_total:,} bytes, {report.bytes_total:,} of them from here" in text
     with pytest.raises(AttributeError):
         report.files = 3  # type: ignore[misc]

@@ -124,41 +124,45 @@ def test_one_rank_of_a_group(tmp_path: Path) -> None:
 # fully_shard.
 
 
-def wrapped(rank: int, folder: Path) -> list[str]:
+def wrapped(rank: int, folder: Path, cases: Sequence[tuple[Model, str]]) -> None:
     """`fully_shard` alone (FSDP2), and over experts that EP sharded before: chunks of a chunk."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "ep"))
-    out = []
-    for model in (EIGHT, TEN, THREE):
-        for way in ("fsdp", "ep", "hsdp"):
-            full = {n: torch.zeros_like(t) for n, t in model.spelled("grouped").items()}
-            if way == "ep":
-                module = module_of(distributed(full, mesh["ep"], [S0]))
-                for layer in module.model.layers.children():
-                    fully_shard(layer.mlp.experts, mesh=mesh["fsdp"])
-                fully_shard(module, mesh=mesh["fsdp"])
-            else:
-                module = module_of(full)
-                fully_shard(
-                    module, mesh=mesh if way == "hsdp" else mesh._flatten("all") if way == "fsdp" else None
-                )
-            restow.load(folder / str(model.e), module)
-            with silence():
-                save(module, folder / f"{way} {model.e}", like=folder / str(model.e))
-            out.append(f"{way} {model.e}")
-    return out
+    for model, way in cases:
+        full = {n: torch.zeros_like(t) for n, t in model.spelled("grouped").items()}
+        if way == "ep":
+            module = module_of(distributed(full, mesh["ep"], [S0]))
+            for layer in module.model.layers.children():
+                fully_shard(layer.mlp.experts, mesh=mesh["fsdp"])
+            fully_shard(module, mesh=mesh["fsdp"])
+        else:
+            module = module_of(full)
+            fully_shard(
+                module, mesh=mesh if way == "hsdp" else mesh._flatten("all") if way == "fsdp" else None
+            )
+        restow.load(folder / str(model.e), module)
+        with silence():
+            save(module, folder / f"{way} {model.e}", like=folder / str(model.e))
 
 
-def test_fully_shard(tmp_path: Path) -> None:
+FSDP = [(EIGHT, "fsdp"), (TEN, "ep"), (THREE, "ep"), (TEN, "hsdp")]
+MORE_FSDP = [(m, way) for m in (EIGHT, TEN, THREE) for way in ("fsdp", "ep", "hsdp") if (m, way) not in FSDP]
+
+
+@pytest.mark.parametrize(
+    "cases", [FSDP, pytest.param(MORE_FSDP, marks=pytest.mark.slow)], ids=["some", "more"]
+)
+def test_fully_shard(cases: Sequence[tuple[Model, str]], tmp_path: Path) -> None:
     for model in (EIGHT, TEN, THREE):
         written(model, tmp_path)
-    for name in values(ranks(4, tmp_path, wrapped, tmp_path))[0]:
-        assert files(tmp_path / name) == files(tmp_path / name.split()[1]), name
+    values(ranks(4, tmp_path, wrapped, tmp_path, cases))
+    for model, way in cases:
+        assert files(tmp_path / f"{way} {model.e}") == files(tmp_path / str(model.e)), (way, model)
 
 
 # Parts of other kinds.
 
 
-def pipeline(rank: int, folder: Path, how: str) -> int:
+def pipeline(rank: int, folder: Path) -> None:
     """Rank r holds layer r; the first the embedding, the last the head: plain tensors, other names on each rank."""
     state = {
         name: tensor
@@ -166,67 +170,83 @@ def pipeline(rank: int, folder: Path, how: str) -> int:
         if f"layers.{rank}." in name
         or name.startswith("model.embed" if rank == 0 else ("lm_head", "model.norm"))
     }
-    words: dict[str, Any] = {"like": folder / "8"} if how == "like" else {"family": "qwen3_moe"}
     with silence():
-        return save(state, folder / how, group=dist.group.WORLD, **words).bytes_written
+        save(state, folder / "like", group=dist.group.WORLD, like=folder / "8")
+        save(state, folder / "new", group=dist.group.WORLD, family="qwen3_moe")
 
 
-@pytest.mark.parametrize("how", ["like", "new"])
-def test_pipeline_parts(how: str, tmp_path: Path) -> None:
+def test_pipeline_parts(tmp_path: Path) -> None:
     source = written(EIGHT, tmp_path)
-    values(ranks(2, tmp_path, pipeline, tmp_path, how))
-    assert differing(tensors(tmp_path / how), EIGHT.spelled("split")) == []
-    if how == "like":
-        assert files(tmp_path / how) == files(source)
+    values(ranks(2, tmp_path, pipeline, tmp_path))
+    for how in ("like", "new"):
+        assert differing(tensors(tmp_path / how), EIGHT.spelled("split")) == []
+    assert files(tmp_path / "like") == files(source)
 
 
-def own_experts(rank: int, folder: Path, model: Model) -> int:
+def own_experts(rank: int, folder: Path, models: Sequence[Model]) -> list[int]:
     """Every rank holds tensors of its own experts, by their global numbers, and a copy of all else."""
-    per = -(-model.e // 4)
-    mine = {str(e) for e in range(rank * per, min(model.e, (rank + 1) * per))}
-    state = {}
-    for name, tensor in model.spelled("split").items():
-        number = re.search(r"experts\.(\d+)\.", name)
-        if number is None or number[1] in mine:
-            state[name] = tensor
-    return save(state, folder / "out", like=folder / str(model.e), group=dist.group.WORLD).bytes_written
+    out = []
+    for model in models:
+        per = -(-model.e // 4)
+        mine = {str(e) for e in range(rank * per, min(model.e, (rank + 1) * per))}
+        state = {}
+        for name, tensor in model.spelled("split").items():
+            number = re.search(r"experts\.(\d+)\.", name)
+            if number is None or number[1] in mine:
+                state[name] = tensor
+        like, group = folder / str(model.e), dist.group.WORLD
+        out.append(save(state, folder / f"out {model.e}", like=like, group=group).bytes_written)
+    return out
 
 
-@pytest.mark.parametrize("model", [EIGHT, TEN, THREE], ids=["8", "10", "3"])
-def test_experts_under_names_of_their_own(model: Model, tmp_path: Path) -> None:
-    source = written(model, tmp_path)
-    counts = values(ranks(4, tmp_path, own_experts, tmp_path, model))
-    assert files(tmp_path / "out") == files(source)
-    assert sum(counts) == sum(t.nbytes for t in tensors(source).values())
+def test_experts_under_names_of_their_own(tmp_path: Path) -> None:
+    models = EIGHT, TEN, THREE
+    for model in models:
+        written(model, tmp_path)
+    counts = values(ranks(4, tmp_path, own_experts, tmp_path, models))
+    for model, *parts in zip(models, *counts, strict=True):
+        source = tmp_path / str(model.e)
+        assert files(tmp_path / f"out {model.e}") == files(source), model
+        assert sum(parts) == sum(t.nbytes for t in tensors(source).values()), model
 
 
-def plain_parts(rank: int, folder: Path, model: Model, axis: str, of: int, layout: str, how: str) -> int:
+PARTS = [
+    (model, axis, of, layout, how)
+    for model, axis, of, layout in [
+        (EIGHT, "e", 4, "grouped"), (TEN, "e", 4, "grouped"), (THREE, "e", 4, "grouped"), (EIGHT, "e", 2, "fused"),
+        (EIGHT, "f", 2, "grouped"), (EIGHT, "f", 4, "fused"),
+    ]
+    for how in ("like", "new")
+]  # fmt: skip
+
+
+def plain_parts(rank: int, folder: Path) -> list[int]:
     """Plain tensors that hold a part; with more ranks than parts, replicas."""
-    shard = restow.Shard(axis, rank % of, of)
-    plan = restow.plan(folder / str(model.e), layout=layout, shard=shard)
-    shapes = {t.name: t.local_shape for t in plan.targets}
-    state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    restow.load(folder / str(model.e), state, shard=shard, layout=layout)
-    words: dict[str, Any] = {"like": folder / str(model.e)}
-    if how == "new":
-        words = {"config": model.config, "layout": "split"}
-    with silence():
-        return save(state, folder / "out", shard=shard, **words).bytes_written
+    out = []
+    for case, (model, axis, of, layout, how) in enumerate(PARTS):
+        shard = restow.Shard(axis, rank % of, of)
+        plan = restow.plan(folder / str(model.e), layout=layout, shard=shard)
+        shapes = {t.name: t.local_shape for t in plan.targets}
+        state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        restow.load(folder / str(model.e), state, shard=shard, layout=layout)
+        words: dict[str, Any] = {"like": folder / str(model.e)}
+        if how == "new":
+            words = {"config": model.config, "layout": "split"}
+        with silence():
+            out.append(save(state, folder / f"out {case}", shard=shard, **words).bytes_written)
+    return out
 
 
-@pytest.mark.parametrize("how", ["like", "new"])
-@pytest.mark.parametrize(
-    ("model", "axis", "of", "layout"),
-    [(EIGHT, "e", 4, "grouped"), (TEN, "e", 4, "grouped"), (THREE, "e", 4, "grouped"), (EIGHT, "e", 2, "fused"),
-     (EIGHT, "f", 2, "grouped"), (EIGHT, "f", 4, "fused")],
-)  # fmt: skip
-def test_plain_parts(model: Model, axis: str, of: int, layout: str, how: str, tmp_path: Path) -> None:
-    source = written(model, tmp_path)
-    counts = values(ranks(4, tmp_path, plain_parts, tmp_path, model, axis, of, layout, how))
-    assert differing(tensors(tmp_path / "out"), model.spelled("split")) == []
-    assert sum(counts) == sum(t.nbytes for t in tensors(source).values())
-    if how == "like":
-        assert files(tmp_path / "out") == files(source)
+def test_plain_parts(tmp_path: Path) -> None:
+    for model in (EIGHT, TEN, THREE):
+        written(model, tmp_path)
+    counts = values(ranks(4, tmp_path, plain_parts, tmp_path))
+    for case, ((model, *words), *parts) in enumerate(zip(PARTS, *counts, strict=True)):
+        source, out = tmp_path / str(model.e), tmp_path / f"out {case}"
+        assert differing(tensors(out), model.spelled("split")) == [], (model, words)
+        assert sum(parts) == sum(t.nbytes for t in tensors(source).values()), (model, words)
+        if words[-1] == "like":
+            assert files(out) == files(source), (model, words)
 
 
 # Saved on one mesh, loaded on another.
@@ -299,21 +319,30 @@ def meshed(rank: int, folder: Path, source: Path) -> None:
     fully_shard(module, mesh=mesh["fsdp"])
     restow.load(source, module)
     update(dict(module.named_parameters()))
-    save(module, folder / "out", like=source)
+    save(module, folder / source.name, like=source)
 
 
-@pytest.mark.parametrize("family_id", ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "llama4"])
-def test_a_change_under_ep_and_fsdp_is_the_change_in_one_process(family_id: str, tmp_path: Path) -> None:
-    source = tiny.saved(family_id)
-    values(ranks(4, tmp_path, meshed, tmp_path, source))
-    model, _ = tiny.reload(source, family_id)
-    before = tiny.logits(model)
-    update(model.state_dict())
-    wanted = tiny.logits(model)
-    assert (wanted - before).abs().max() > 1e-2, "the change is one"
-    again, info = tiny.reload(tmp_path / "out", family_id)
-    assert not any(info.values()), info
-    assert torch.equal(tiny.logits(again), wanted)
+def all_meshed(rank: int, folder: Path, sources: Sequence[Path]) -> None:
+    for source in sources:
+        meshed(rank, folder, source)
+
+
+def test_a_change_under_ep_and_fsdp_is_the_change_in_one_process(tmp_path: Path) -> None:
+    sources = {
+        family_id: tiny.saved(family_id)
+        for family_id in ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "llama4")
+    }
+    assert len({source.name for source in sources.values()}) == len(sources)
+    values(ranks(4, tmp_path, all_meshed, tmp_path, list(sources.values())))
+    for family_id, source in sources.items():
+        model, _ = tiny.reload(source, family_id)
+        before = tiny.logits(model)
+        update(model.state_dict())
+        wanted = tiny.logits(model)
+        assert (wanted - before).abs().max() > 1e-2, "the change is one"
+        again, info = tiny.reload(tmp_path / source.name, family_id)
+        assert not any(info.values()), (family_id, info)
+        assert torch.equal(tiny.logits(again), wanted), family_id
 
 
 def train(rank: int, folder: Path, source: Path, world: int, fsdp: bool) -> None:
@@ -529,7 +558,7 @@ def again(tmp_path: Path) -> None:
     assert nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_full_disk_on_one_rank(world: int, tmp_path: Path, old: dict[str, bytes]) -> None:
     ended = ranks(world, tmp_path, guarded, tmp_path, "full 1")
     assert type(ended[1].error) is errors.NoSpaceError
@@ -544,8 +573,52 @@ def test_a_full_disk_on_one_rank(world: int, tmp_path: Path, old: dict[str, byte
     again(tmp_path)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("what", ["killed", "killed-at-sync"])
+def full_while_others_sleep(rank: int, folder: Path, full: int, sleeps: str) -> None:
+    """A rank's disk is full; the others come to their files, or to the folder, when rank 0 has taken all away."""
+
+    def wait_first(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any) -> Any:
+            while any(path.name.startswith(".out.partial") for path in folder.iterdir()):
+                time.sleep(0.01)
+            return real(*args)
+
+        setattr(module, name, call)
+
+    if rank not in (full, 0):
+        together._watched = lambda *_: lambda count: None  # it does not look for the others while it writes
+        wait_first(*((writing, "reopen") if sleeps == "files" else (sharing, "_opened")))
+    guarded(rank, folder, f"full {full}")
+
+
+@pytest.mark.parametrize("sleeps", ["files", "folder"])
+@pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_whose_files_are_gone_says_why(
+    full: int, sleeps: str, tmp_path: Path, old: dict[str, bytes]
+) -> None:
+    """Whose files were taken away is told of the rank that failed, whenever it looks."""
+    ended = ranks(3, tmp_path, full_while_others_sleep, tmp_path, full, sleeps)
+    assert type(ended[full].error) is errors.NoSpaceError
+    for rank in {0, 1, 2} - {full}:
+        error = ended[rank].error
+        assert type(error) is errors.PeerFailedError, error
+        assert f"expected rank {full} to reach '" in str(error)
+        assert "found NoSpaceError there" in str(error)
+    assert files(tmp_path / "out") == old
+    assert nothing_left(tmp_path)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("what", "world"),
+    [
+        ("killed", 4), ("killed-at-sync", 2),
+        pytest.param("killed", 2, marks=SLOW), pytest.param("killed-at-sync", 4, marks=SLOW),
+    ],
+)  # fmt: skip
 def test_a_rank_killed_in_the_middle(what: str, world: int, tmp_path: Path, old: dict[str, bytes]) -> None:
     ended = ranks(world, tmp_path, guarded, tmp_path, f"{what} 1")
     assert ended[1].signal == signal.SIGKILL
@@ -619,6 +692,9 @@ def test_a_rank_that_stops(tmp_path: Path, old: dict[str, bytes]) -> None:
     assert nothing_left(tmp_path)
 
 
+IMPATIENT = 1.5  # seconds, in the one rank that waits for the sleeper: who sleeps finds nobody gone
+
+
 def wakes(rank: int, folder: Path) -> None:
     """Rank 1 stops, is given up, and wakes when the next save has begun under the same names."""
     if rank == 1:
@@ -632,6 +708,8 @@ def wakes(rank: int, folder: Path) -> None:
 
         writing.reopen = reopen
         peers_module.Peers._beat = lambda self, stop: None  # type: ignore[method-assign]
+    else:
+        peers_module.SILENCE = IMPATIENT
     guarded(rank, folder, "nothing 0")
 
 
@@ -681,6 +759,8 @@ def sleeps_through_the_end(rank: int, folder: Path) -> None:
 
         writing.sync_folder = sync_folder
         peers_module.Peers._beat = lambda self, stop: None  # type: ignore[method-assign]
+    else:
+        peers_module.SILENCE = IMPATIENT
     try:
         guarded(rank, folder, "nothing 0")
     finally:
@@ -704,21 +784,56 @@ def late(rank: int, folder: Path, seconds: float) -> None:
     guarded(rank, folder, "nothing 0")
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_late(tmp_path: Path, old: dict[str, bytes]) -> None:
-    """Later than a silent rank would be given up; one that never comes is named."""
+    """Later than a silent rank would be given up."""
     values(ranks(2, tmp_path, late, tmp_path, peers_module.SILENCE + 2))
+
+
+def test_what_counts_as_late_and_what_as_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock that it is given: a rank that has not come has longer than one that came and beats no more."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        store = dist.FileStore(str(tmp_path / "store"), 2)
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+        peers = peers_module.Peers(None, alone=False)
+        peers._look(1, "holds", 0.0)
+        peers._look(1, "holds", peers_module.LATE - 1)
+        with pytest.raises(
+            errors.PeerTimeoutError, match="expected rank 1 to come, found it has not in 300 s"
+        ):
+            peers._look(1, "holds", peers_module.LATE + 1)
+        assert peers._store is not None
+        for now in (400.0, 400.0 + peers_module.SILENCE - 1, 400.0 + 2 * peers_module.SILENCE - 2):
+            peers._store.add("beat/1", 1)
+            peers._look(1, "holds", now)
+        peers._look(1, "holds", now + peers_module.SILENCE - 0.1)
+        with pytest.raises(
+            errors.PeerTimeoutError, match="a sign of rank 1 before 'holds', found none for 6 s"
+        ):
+            peers._look(1, "holds", now + peers_module.SILENCE + 0.1)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path: Path, old: dict[str, bytes]) -> None:
     ended = ranks(2, tmp_path, never_alone, tmp_path)
     assert type(ended[0].error) is errors.PeerTimeoutError
-    assert "expected rank 1 to come, found it has not in 2 s" in str(ended[0].error)
+    assert "expected rank 1 to come, found it has not in 0.5 s" in str(ended[0].error)
+    assert files(tmp_path / "out") == old
 
 
 def never_alone(rank: int, folder: Path) -> None:
-    peers_module.LATE = 2.0
+    peers_module.LATE, peers_module.LINGER = 0.5, 0.1  # nobody else is there to hear
     mesh = init_device_mesh("cpu", (2,))
     state = distributed(EIGHT.spelled("grouped"), mesh, [S0])
-    if rank == 0:
-        restow.save(state, folder / "out", like=folder / "8", replace=True)
-    time.sleep(4)
+    try:
+        if rank == 0:
+            restow.save(state, folder / "out", like=folder / "8", replace=True)
+    finally:
+        (folder / f"ended {rank}").touch()
+    while not (folder / "ended 0").exists():
+        time.sleep(0.01)
 
 
 def other_disk(rank: int, folder: Path) -> None:
@@ -750,31 +865,44 @@ def test_ranks_with_other_disks(tmp_path: Path, old: dict[str, bytes]) -> None:
 # Nodes.
 
 
-def on_nodes(rank: int, folder: Path, model: Model, placements: Sequence[Any], page: int) -> tuple[int, int]:
+NODES = [
+    (model, placements, page)
+    for model in (EIGHT, TEN)
+    for placements in ([S0], [S1], [R, S0], [S0, S1])
+    for page in (256, 4096)
+]
+SOME = [case for number, case in enumerate(NODES) if number % 3 == 0]
+MORE = [case for number, case in enumerate(NODES) if number % 3]
+
+
+def on_nodes(rank: int, folder: Path, cases: Sequence[tuple[Model, list[Any], int]]) -> list[tuple[int, int]]:
     """Two nodes of two ranks; counts the spilled bytes too."""
     together.machine = lambda: f"node {rank // 2}"
-    mesh = init_device_mesh("cpu", (2, 2) if len(placements) == 2 else (4,))
-    state = distributed(model.spelled("grouped"), mesh, placements)
     spilled: list[int] = []
     real = together.PagedWrites._spill
     together.PagedWrites._spill = lambda self, owner, file, offset, data: (  # type: ignore[method-assign]
         spilled.append(len(data)), real(self, owner, file, offset, data),
     )  # fmt: skip
-    report = save(state, folder / f"out {page}", like=folder / str(model.e), page_bytes=page)
-    return report.bytes_written, sum(spilled)
+    out = []
+    for case, (model, placements, page) in enumerate(cases):
+        mesh = init_device_mesh("cpu", (2, 2) if len(placements) == 2 else (4,))
+        state = distributed(model.spelled("grouped"), mesh, placements)
+        spilled.clear()
+        report = save(state, folder / f"out {case}", like=folder / str(model.e), page_bytes=page)
+        out.append((report.bytes_written, sum(spilled)))
+    return out
 
 
-@pytest.mark.parametrize(
-    "placements", [[S0], [S1], [R, S0], [S0, S1]], ids=["ep", "rows", "hsdp", "ep_shard"]
-)
-@pytest.mark.parametrize("model", [EIGHT, TEN], ids=["8", "10"])
+@pytest.mark.parametrize("cases", [SOME, pytest.param(MORE, marks=pytest.mark.slow)], ids=["some", "more"])
 def test_several_nodes_on_a_network_file_system(
-    model: Model, placements: Sequence[Any], tmp_path: Path
+    cases: Sequence[tuple[Model, list[Any], int]], tmp_path: Path
 ) -> None:
-    source = written(model, tmp_path)
-    for page in (256, 4096):
-        found = values(ranks(4, tmp_path, on_nodes, tmp_path, model, placements, page))
-        assert files(tmp_path / f"out {page}") == files(source)
-        assert sum(own for own, _ in found) == sum(t.nbytes for t in tensors(source).values())
-        assert any(spilled for _, spilled in found), "pages were shared"
+    for model in (EIGHT, TEN):
+        written(model, tmp_path)
+    found = values(ranks(4, tmp_path, on_nodes, tmp_path, cases))
+    for case, ((model, *words), *parts) in enumerate(zip(cases, *found, strict=True)):
+        source = tmp_path / str(model.e)
+        assert files(tmp_path / f"out {case}") == files(source), words
+        assert sum(own for own, _ in parts) == sum(t.nbytes for t in tensors(source).values()), words
+        assert any(spilled for _, spilled in parts), f"{words}: pages were shared"
     assert nothing_left(tmp_path)

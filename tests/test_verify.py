@@ -469,6 +469,24 @@ def test_a_missing_expert_is_named_and_the_rest_compared(tmp_path: Path) -> None
         assert any("3.down_proj.weight" in text for text in report.warnings)
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_tensor_of_another_shape_is_named(rows: int, tmp_path: Path) -> None:
+    """One without elements, too: it has none that could be unlike."""
+    name = f"{AT.format(0)}.3.gate_proj.weight"
+    a, b = checkpoint(tmp_path / "a", MODEL, "grouped"), checkpoint(tmp_path / "b", MODEL, "split")
+    for file in b.glob("*.safetensors"):
+        save_file({n: t[:rows] if n == name else t for n, t in load_file(file).items()}, file)
+    for one, other, where in ((a, b, "here"), (b, a, "there")):
+        report = restow.verify(one, other)
+        assert [(d.kind, d.name, d.why) for d in report.differences] == [
+            (
+                "shape", name, f"[{rows}, {MODEL.d}] {where}, [{MODEL.f}, {MODEL.d}] by the sizes of "
+                f"{AT.format(0)}; its role 'in' was not compared",
+            )
+        ]  # fmt: skip
+        assert not report.equal
+
+
 def test_biases_on_one_side_only(tmp_path: Path) -> None:
     biased = Model(e=12, family="gpt_oss", roles=("in", "out", "in.bias", "out.bias"))
 

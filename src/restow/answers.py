@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from restow.torch.verify_report import VerifyReport
 
 
-def converted(report: ConvertReport, source: str) -> Answer:
-    """What a conversion did, and how to check it."""
+def converted(report: ConvertReport, source: str, *, like: bool) -> Answer:
+    """What a conversion did, and how to check it: against its source if that holds the same values."""
     lines = _lines(str(report))
-    lines.append(Line(f"check it with: restow verify {source} {report.target}"))
+    against = f"{source} {report.target}" if like else f"{report.target}    (the source holds other values)"
+    lines.append(Line(f"check it with: restow verify {against}"))
     return Answer(plain(report), lines)
 
 

@@ -22,6 +22,7 @@ from restow.match import Matcher
 from restow.naming import fits
 from restow.notation import Part, Row
 from restow.problems import Problem
+from restow.stated import stated_candidates
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,22 @@ def survey(
     given: bool = False,
     stamps: Mapping[str, tuple[int, ...]] | None = None,
     codec: Announced | None = None,
+    stated: Layout | None = None,
 ) -> Checkpoint:
-    """Find the experts modules and router tensors among `tensors`. Raises `ConfigError` for impossible sizes."""
+    """Find the experts modules and router tensors among `tensors`; `stated` is what their own files say of their layout.
+
+    Raises `ConfigError` for impossible sizes.
+    """
     sizes = dict(family.read_sizes(config)) if family is not None and config is not None else {}
     sizes.setdefault("p", len(family.labels) if family else 2)
     routers = RouterRows(family)
+    told = stated if layout is None else None
+    candidates = candidates_of(family, layout) if told is None else stated_candidates(told, family)
+    if "e" not in sizes and any(_flat(row) for s in candidates for row in s.layout.rows):
+        sizes.update(_counted(tensors, routers))
     found = find_modules(
         _Shapes(tensors),
-        with_scales(candidates_of(family, layout), codec),
+        with_scales(candidates, codec),
         sizes,
         claimed=lambda name: (
             layout is not None
@@ -134,6 +143,22 @@ def survey(
         stamps=stamps or {},
         codec=codec,
     )
+
+
+def _flat(row: Row) -> bool:
+    """Whether a dim holds the experts and something else: its length alone does not say how many they are."""
+    return any(len(dim.factors) > 1 and any(f.axis == "e" for f in dim.factors) for dim in row.dims)
+
+
+def _counted(tensors: Mapping[str, Entry], routers: RouterRows) -> dict[str, int]:
+    """The number of experts by the router tensors' shapes, where all of them agree."""
+    counts = set()
+    for name, entry in tensors.items():
+        row = routers.row(name)
+        dims = list(map(str, row.dims)) if row is not None else []
+        if "e" in dims and len(dims) == len(entry.shape):
+            counts.add(entry.shape[dims.index("e")])
+    return {"e": counts.pop()} if len(counts) == 1 else {}
 
 
 class _Shapes(Mapping[str, tuple[int, ...]]):

@@ -148,7 +148,7 @@ def convert(
         max_shard_bytes=max_shard_bytes, threads=threads, replace=replace, sha256=sha256, strict=strict,
         progress=not json_ and sys.stderr.isatty(),
     )  # fmt: skip
-    return converted(report, source)
+    return converted(report, source, like=keep_experts is None and not report.narrowed)
 
 
 @verb

@@ -115,7 +115,10 @@ def check_apart(place: Place, sources: Iterable[StrPath]) -> None:
         else:
             continue
         where = [("source", [show(source)])]
-        raise SamePathError("a destination apart from its source", found, path=place.path, sections=where)
+        hint = "name another folder: a source is never written to"
+        raise SamePathError(
+            "a destination apart from its source", found, path=place.path, sections=where, hint=hint
+        )
 
 
 def check_writable(place: Place) -> None:

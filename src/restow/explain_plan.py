@@ -60,7 +60,8 @@ def _plan_lines(
     yield field("into", name)
     yield from (Line(MARGIN + "  " + text) for text in rows_text(layout))
     second = f" x {mesh['ep_shard']} parts of the next dim" if mesh["ep_shard"] > 1 else ""
-    yield field("mesh", f"{mesh['ep']} parts of e{second}; all other tensors whole on every rank")
+    first = f"{mesh['ep']} parts of e" if mesh["ep"] > 1 else "e whole"
+    yield field("mesh", f"{first}{second}; all other tensors whole on every rank")
     yield Line()
     head = ("rank", "experts", "reads", "bytes", "of all", "straight", "in tiles")
     body = [_rank_cells(rank, total, mesh["ep_shard"]) for rank in ranks[:LISTED]]

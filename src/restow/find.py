@@ -122,7 +122,7 @@ def find_modules(
 
 
 def _folded(errors: Sequence[tuple[str, RestowError]]) -> tuple[RestowError, ...]:
-    """One error for what many modules have wrong in the same words: the first one, with the others' paths."""
+    """One error for what many modules have wrong in the same words: the first one, with all tensors and paths."""
     alike: dict[object, list[tuple[str, RestowError]]] = {}
     for path, error in errors:
         words = (text.replace(path, "") for text in (error.expected, error.found))
@@ -130,7 +130,12 @@ def _folded(errors: Sequence[tuple[str, RestowError]]) -> tuple[RestowError, ...
     folded = []
     for (_, first), *others in alike.values():
         if others:
-            first.sections = (*first.sections, ("and in", tuple(show(path) for path, _ in others)))
+            (title, lines), *rest = first.sections or (("", ()),)
+            every = (
+                *lines,
+                *(line for _, error in others for t, ls in error.sections[:1] if t == title for line in ls),
+            )
+            first.sections = ((title, every), *rest, ("and in", tuple(show(path) for path, _ in others)))
         folded.append(first)
     return tuple(folded)
 

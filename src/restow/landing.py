@@ -33,7 +33,8 @@ class Wish:
 
     `layout` and `family` as in `restow.load`; `plain` names targets that are plain tensors, which alone `shard`
     concerns; `experts` are expert numbers, for all modules or by the source's module path; `routers` says that they
-    order the router tensors too, even where their number stays.
+    order the router tensors too, even where their number stays; `places` are the paths of all experts modules where
+    the destination is our own making, so that a layout's names mean nothing elsewhere.
     """
 
     layout: str | Layout | None = None
@@ -44,6 +45,7 @@ class Wish:
     part: bool = False
     plain: frozenset[str] = frozenset()
     routers: bool = False
+    places: frozenset[str] = frozenset()
 
 
 def layout_of(layout: str | Layout | None, family: Family | None) -> Layout | None:
@@ -68,6 +70,14 @@ def chosen_experts(experts: Experts, path: str, size: int) -> tuple[int, ...] | 
     return tuple(numbers)
 
 
+def check_modules(source: Checkpoint, experts: Experts) -> None:
+    """Raise `UsageError` where experts are chosen for a module that the source does not have."""
+    strangers = [p for p in experts if p not in source.modules] if isinstance(experts, Mapping) else []
+    if strangers:
+        known = ", ".join(map(show, list(source.modules)[:3]))
+        raise UsageError(f"experts by module, such as {known}", f"{show(strangers[0])}", path=source.path)
+
+
 def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) -> Findings:
     """The experts modules of the destination. Raises what `find_modules` found wrong, all of it in one error."""
     family = wish.family or source.family
@@ -79,9 +89,10 @@ def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) 
     local: dict[str, int] = {}
     if wish.shard is not None:
         axis = wish.shard.axis
-        if axis not in sizes:
+        axes = {a for m in source.modules.values() for row in m.layout.rows for a in row.axes} & set(sizes)
+        if axis not in axes:
             raise UsageError(
-                f"an axis whose size the source gives, one of {', '.join(sorted(sizes))}", f"'{axis}'"
+                f"an axis whose size the source gives, one of {', '.join(sorted(axes))}", f"'{axis}'"
             )
         local = {axis: wish.shard.run(sizes[axis])[1]}
     shapes = {name: target.shape for name, target in targets.items()}
@@ -96,7 +107,7 @@ def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) 
         candidates,
         sizes,
         claimed=lambda name: True,  # whatever else lies there is filled by its name, or missing
-        beside=family.passes_over if family is not None else lambda name: False,
+        beside=lambda name: _beside(name, family, wish.places),
         local=local,
         partial=wish.shard is not None or wish.part,
         what="the destination",
@@ -104,6 +115,13 @@ def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) 
     if found.errors:
         raise merged(found.errors)
     return found
+
+
+def _beside(name: str, family: Family | None, places: frozenset[str]) -> bool:
+    """Whether a name is no expert weight of the destination, whatever its end spells."""
+    if family is not None and family.passes_over(name):
+        return True
+    return bool(places) and not any(name[:at] in places for at, char in enumerate(name) if char == ".")
 
 
 def _common_sizes(source: Checkpoint) -> dict[str, int]:

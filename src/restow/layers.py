@@ -75,6 +75,10 @@ def _stacks(found: Checkpoint, family: Family) -> list[Stack]:
         for path, layers in names.items():
             if not name.startswith(f"{path}.") or name.endswith(SUFFIX):  # scales are `quantized`'s
                 continue
+            if (
+                found.tensors[name].dtype == "BOOL"
+            ):  # a flag or a mask is no weight that every layer must have
+                continue
             number, _, rest = name[len(path) + 1 :].partition(".")
             if (path, number) not in excused:
                 anything = found.ignorable(f"{path}.{number}.*")

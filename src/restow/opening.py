@@ -21,6 +21,7 @@ from restow.known import FAMILIES
 from restow.landing import layout_of
 from restow.layout import Layout
 from restow.problems import Problem
+from restow.stated import stated_layout
 
 
 def family_of(family: str | Family | None) -> Family | None:
@@ -64,6 +65,10 @@ def open_checkpoint(
         "given": given,
         "layout": layout_of(layout, known),
     }
+    try:
+        shared["stated"] = stated_layout(folder.metadata)
+    except RestowError as error:
+        problems.append(Problem(error, layout is None))
     shared["stamps"] = {header.file: header.stamp for header in folder.headers}
     try:
         found = survey(folder.tensors, family=known, config=config, problems=tuple(problems), **shared)

@@ -16,9 +16,25 @@ from restow.checkpoint import Checkpoint
 from restow.coding import Coding
 from restow.decoded import FLOATS, Coded, DecodedTensors, coded_as, decoded, kept_coded
 from restow.entries import Entry
-from restow.errors import AmbiguousTensorError, CoverageError, MissingTensorError, ShapeMismatchError, show
+from restow.errors import (
+    AmbiguousTensorError,
+    CoverageError,
+    MissingTensorError,
+    RestowError,
+    ShapeMismatchError,
+    show,
+)
+from restow.family import Family
 from restow.find import Module
-from restow.landing import Wish, chosen_experts, find_landing, held_side, layout_of, pair_modules
+from restow.landing import (
+    Wish,
+    check_modules,
+    chosen_experts,
+    find_landing,
+    held_side,
+    layout_of,
+    pair_modules,
+)
 from restow.layout import Layout, axis_size, name_of, shape_of
 from restow.moves import Move, Pattern, Side, freeze, moves
 from restow.naming import check_rename, renamed
@@ -98,6 +114,7 @@ def prepare(source: Checkpoint, targets: Sequence[Target], wish: Wish) -> Prepar
     """Find the destination's modules and bring both sides together; no moves yet."""
     check_rename(wish.rename)
     raise_fatal(source)
+    check_modules(source, wish.experts)
     by_name = {target.name: target for target in targets}
     found = find_landing(source, by_name, wish)
     kept = kept_coded(source, by_name, found.modules, pair_modules(source, found.modules, wish))
@@ -118,11 +135,17 @@ def plan_of(prepared: Prepared, chosen: Mapping[str, Target]) -> Plan:
     """The plan that fills `chosen`: targets of the destination, whole or (by their runs) in part."""
     draft = _Draft(prepared, chosen)
     asked: dict[tuple[str, str], None] = {}
+    unlike: list[RestowError] = []
     for name in chosen:
         if name in prepared.owners:
             asked[prepared.owners[name][:2]] = None
         elif name in prepared.plain:
-            draft.add_plain(prepared.plain[name], name)
+            try:
+                draft.add_plain(prepared.plain[name], name)
+            except ShapeMismatchError as error:
+                unlike.append(error)
+    if unlike:
+        raise merged(unlike)
     layouts: dict[str, tuple[str, str, str]] = {}
     for path, role in asked:
         if path not in prepared.pairs or (prepared.pairs[path], role) not in prepared.roles:
@@ -164,6 +187,7 @@ def default_targets(
     for path, module in source.modules.items():
         to = layout_of(layout or "grouped", source.family)
         assert to is not None
+        home = home_of(path, to, source.family)
         to = coded_as(to, module) if module.codec is not None else to
         experts = chosen_experts(wish.experts, path, module.sizes.get("e", 0))
         sizes = {**module.sizes, **({"e": len(experts)} if experts is not None else {})}
@@ -183,10 +207,18 @@ def default_targets(
             else:
                 keep = {}
             for name in _names(row, sizes, keep):
-                targets.append(whole_target(f"{path}.{name}", shape, dtype))
+                targets.append(whole_target(f"{home}.{name}", shape, dtype))
     others = ((name, source.tensors[name]) for name in source.others)
     targets += [whole_target(name, entry.shape, entry.dtype) for name, entry in others]
     return targets
+
+
+def home_of(path: str, to: Layout, family: Family | None) -> str:
+    """An experts module's path in layout `to`: the same, unless the family spells that below another container only."""
+    containers = [s.container for s in family.candidates() if s.layout == to] if family is not None else []
+    if family is None or not containers or any(f".{path}".endswith(f".{c}" if c else "") for c in containers):
+        return path
+    return f"{family.layer(path)}.{containers[0]}".lstrip(".")
 
 
 def _names(row: Row, sizes: Mapping[str, int], keep: Mapping[str, Iterable[int]]) -> list[str]:
@@ -445,6 +477,7 @@ def _lost_error(source: Checkpoint, lost: Sequence[Lost]) -> MissingTensorError:
 __all__ = [
     "Prepared",
     "default_targets",
+    "home_of",
     "make_plan",
     "pair_others",
     "plan_of",

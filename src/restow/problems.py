@@ -39,6 +39,27 @@ def merged(errors: Sequence[RestowError]) -> RestowError:
     )
 
 
+def alike(errors: Sequence[RestowError]) -> RestowError:
+    """One error for tensors of which each has something wrong: the first one's words, and every tensor in full."""
+    first = errors[0]
+    if len(errors) == 1:
+        return first
+    one = first.tensor or ""
+    lines = [f"{show(e.tensor)}: {e.found}" if e.found != first.found else show(e.tensor) for e in errors]
+    return type(first)(
+        f"{first.expected}, and the like for {len(errors) - 1} more",
+        first.found,
+        path=first.path,
+        tensor=one,
+        sections=[
+            ("tensors", lines),
+            *((label, body) for label, body in first.sections if label != "tensor"),
+        ],
+        hint=first.hint,
+        rank=first.rank,
+    )
+
+
 def _line(error: RestowError) -> str:
     where = [show(part) for part in (error.tensor, error.path) if part is not None]
     return f"{type(error).__name__}: expected {error.expected}, found {error.found} ({', '.join(where)})"

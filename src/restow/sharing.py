@@ -6,6 +6,7 @@ reach the files of a later one, which take the same names. It rejects a folder t
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -16,21 +17,26 @@ from types import TracebackType
 from typing import Self
 
 from restow import writing
-from restow.errors import DestinationError, PeerFailedError, show
+from restow.errors import DestinationError, MissingShardError, RestowError
 
 WITNESS = ".witness"
 PATIENCE = 10.0  # seconds in which a network file system shows what another node wrote
 
 
 class Share:
-    """Files below `folder`, made by another process, which left `token` in a witness file there."""
+    """Files below `folder`, made by another process, which left `token` in a witness file there.
 
-    def __init__(self, folder: Path, token: str, rank: int | None = None) -> None:
+    `watch` is called while the folder is waited for, and raises where that is in vain.
+    """
+
+    def __init__(
+        self, folder: Path, token: str, rank: int | None = None, watch: Callable[[], object] = lambda: None
+    ) -> None:
         self.counts: dict[str, int] = {}  # bytes written by this process, by file
         self._folder, self._rank = folder, rank
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._fd = _opened(folder, token, rank)
+        self._fd = _opened(folder, token, rank, watch)
 
     def __enter__(self) -> Self:
         return self
@@ -49,13 +55,6 @@ class Share:
         path = self._folder / name
         with self._lock:
             if name not in self._files:
-                if not os.fstat(self._fd).st_nlink:
-                    raise PeerFailedError(
-                        f"the staged {show(name)}",
-                        "it taken away: another rank has failed",
-                        path=path,
-                        rank=self._rank,
-                    )
                 with writing.failures("open", path):
                     self._files[name] = writing.reopen(Path(name), self._fd)
             fd = self._files[name]
@@ -102,7 +101,15 @@ def remove_witness(folder: Path) -> None:
         writing.unlink(folder / WITNESS)
 
 
-def _opened(folder: Path, token: str, rank: int | None) -> int:
+def vanished(error: RestowError) -> bool:
+    """Whether what was there is gone: who made the folder takes it away when a rank has failed."""
+    cause = error.__cause__
+    return isinstance(error, MissingShardError) or (
+        isinstance(cause, OSError) and cause.errno in (errno.ENOENT, errno.ESTALE)
+    )
+
+
+def _opened(folder: Path, token: str, rank: int | None, watch: Callable[[], object]) -> int:
     until = time.monotonic() + PATIENCE
     while True:
         fd = -1
@@ -114,6 +121,7 @@ def _opened(folder: Path, token: str, rank: int | None) -> int:
             pass
         if fd >= 0:
             os.close(fd)
+        watch()
         if time.monotonic() > until:
             raise DestinationError(
                 "the staging folder of rank 0 on every rank", "another disk, or none", path=folder, rank=rank,

@@ -44,7 +44,8 @@ class Shard:
     of: int
 
     def __post_init__(self) -> None:
-        if self.of < 1 or not 0 <= self.rank < self.of:
+        whole_numbers = type(self.rank) is int and type(self.of) is int
+        if not whole_numbers or self.of < 1 or not 0 <= self.rank < self.of:
             raise UsageError("a rank from 0 to of - 1", f"rank {self.rank} of {self.of}")
 
     def run(self, size: int) -> Run:

@@ -71,7 +71,7 @@ def judge_alone(
 
     total = sum(nbytes(target.dtype, target.shape) for target in targets.values())
     show_progress = (lambda done: progress(done, total)) if progress is not None else None
-    parts = chosen(checkpoint, targets, sample)
+    parts = chosen(checkpoint, own, targets, sample)
     read = stream(own, parts, look, threads=threads, progress=show_progress, chunk=PART)
     if digests is not None:
         wrong = [n for n, h in hashes.items() if digests.get(n, h.hexdigest()) != h.hexdigest()]
@@ -83,7 +83,11 @@ def judge_alone(
     refused += [p.error for p in checkpoint.problems if strict]
     if refused:
         raise merged(refused)
-    checked = "" if digests is not None else "; no manifest: headers, cover and values were checked"
+    checked = (
+        "; compared with its manifest"
+        if digests is not None
+        else "; no manifest: headers, cover and values were checked"
+    )
     return VerifyReport(
         equal=not found,
         differences=tuple(found),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -26,18 +25,21 @@ from restow.checkpoint import Checkpoint
 from restow.codec import without_quantization
 from restow.codecs import rounds
 from restow.decoded import CodedWeights
-from restow.errors import ConfigError, MissingTensorError, UnexpectedTensorError, UsageError, show
-from restow.landing import Experts, Wish, chosen_experts, layout_of
+from restow.errors import MissingTensorError, UnexpectedTensorError, UsageError, show
+from restow.landing import Experts, Wish, check_modules, chosen_experts, layout_of
 from restow.layout import Layout
+from restow.mending import FLOATS as CASTS
+from restow.mending import with_dtype, with_experts
 from restow.opening import open_checkpoint
 from restow.outfiles import INDEX, OutFile, index_text, new_files, recorded_files
-from restow.planning import Prepared, default_targets, prepare, refuse
+from restow.planning import Prepared, default_targets, home_of, prepare, refuse
 from restow.problems import Problem, merged
 from restow.publish import Staging
 from restow.record import SECTION, make_record, read_record
 from restow.sidefiles import side_files
+from restow.stated import statement
 from restow.targets import Target, whole_target
-from restow.torch.chunks import CHUNK, Filled, Slice, raw, slices, stream
+from restow.torch.chunks import CHUNK, Filled, Slice, raw, side_by_side, slices, stream
 from restow.torch.digesting import Digests
 from restow.torch.dtypes import dtype_name, narrows, wider
 from restow.torch.read import Progress
@@ -45,10 +47,6 @@ from restow.torch.resume import note_of, recognised, work_of
 from restow.torch.values import judge_scales
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-PER_TOKEN = (
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk", "moe_k",
-    "top_k_experts", "num_selected_experts",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ class ConvertReport:
         rate = self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
         lines = [
             f"converted to {self.layout}: {self.tensors:,} tensors, {self.bytes_written:,} bytes in "
-            f"{self.files} files at {show(self.target)}, {self.seconds:.1f} s ({rate:.2f} GB/s)"
+            f"{self.files} file{'s' if self.files != 1 else ''} at {show(self.target)}, {self.seconds:.1f} s ({rate:.2f} GB/s)"
         ]
         if self.narrowed:
             name, cast = next(iter(self.narrowed.items()))
@@ -120,11 +118,12 @@ def convert(
     `to`: a layout's name (the family's meaning first), a `Layout`, "hf" (what the vendor ships) or "source" (what was
     recorded by the conversion that made `source`: file map, headers and all). `experts` keeps these experts, in this
     order, with their router rows, and mends the config. `dtype` casts floating tensors, but for rows that must stay
-    exact. Quantised weights are decoded, to the config's dtype without `dtype`; `keep_quantized` takes codes and scales
-    along as they are, where `to` has a place for them. All other tensors, the config and tokenizer files come along
-    unchanged. At most 1 GiB of memory, whatever the size. The manifest records a digest per tensor and per leaf, with
-    `sha256` one per file; odd values (NaN, experts of zeros) are warnings. Raises the source's fatal problems,
-    `UsageError` for an unknown `to`, and `DestinationError`s; then nothing is written.
+    exact, and the config says so wherever it names the weights' dtype. Quantised weights are decoded, to the config's
+    dtype without `dtype`; `keep_quantized` takes codes and scales along, where `to` has a place for them. All other
+    tensors, the config and tokenizer files come along unchanged. At most 1 GiB of memory, whatever the size. The
+    manifest records a digest per tensor and per leaf, with `sha256` one per file; odd values (NaN, experts of zeros)
+    are warnings. Raises the source's fatal problems, `UsageError` for an unknown `to`, and `DestinationError`s; then
+    nothing is written.
     """
     started = time.perf_counter()
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -185,6 +184,12 @@ def _prepare(
         raise UsageError("a checkpoint with experts", "none", path=opened.path)
     if keep and dtype is not None:
         raise UsageError("keep_quantized=True alone", "dtype= with it: codes cannot be cast")
+    if dtype is not None and str(dtype).removeprefix("torch.") not in CASTS:
+        raise UsageError(
+            f"dtype= as one of {', '.join(CASTS)}",
+            str(dtype).removeprefix("torch."),
+            hint="codes of fewer bits need scales: a cast gives none",
+        )
     if max_bytes < 1:
         raise UsageError("max_shard_bytes of at least 1", f"{max_bytes}")
     side = side_files(opened.path, opened.stamps)
@@ -196,7 +201,13 @@ def _prepare(
     layout = layout_of(to, opened.family)
     assert layout is not None
     _judge_experts(opened, experts)
-    wish = Wish(layout=layout, family=opened.family, experts=experts, routers=experts is not None)
+    wish = Wish(
+        layout=layout,
+        family=opened.family,
+        experts=experts,
+        routers=experts is not None,
+        places=frozenset(home_of(path, layout, opened.family) for path in opened.modules),
+    )
     targets = list(_with_routers(opened, default_targets(opened, layout, wish, keep_quantized=keep), wish))
     _judge_names(targets)
     prepared = prepare(opened, targets, wish)
@@ -206,9 +217,11 @@ def _prepare(
     decoded_from = sorted({c.name for c in weights.codecs}) if isinstance(weights, CodedWeights) else []
     if decoded_from and "config.json" in sides:
         sides["config.json"] = without_quantization(sides["config.json"])
+    if dtype is not None and "config.json" in sides:
+        sides["config.json"] = with_dtype(sides["config.json"], str(dtype).removeprefix("torch."))
     if experts is not None:
-        sides["config.json"] = _mended(opened, wish, sides.get("config.json"))
-    metadata = {"format": "pt"}
+        sides["config.json"] = with_experts(opened, wish, sides.get("config.json"))
+    metadata = {"format": "pt", **statement(layout, opened.family)}
     files = new_files(((t.name, t.dtype, t.shape) for t in prepared.targets.values()), max_bytes, metadata)
     why_not = (
         "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
@@ -232,18 +245,18 @@ def _undo(opened: Checkpoint, sides: Mapping[str, bytes], left: tuple[str, ...])
     files = recorded_files(record.heads, opened.path)
     targets = [whole_target(t.name, t.shape, t.dtype) for file in files for t in file.tensors]
     layouts = set(record.layouts.values())
-    wish = Wish(layout=next(iter(layouts)) if len(layouts) == 1 else None, family=opened.family)
+    wish = Wish(
+        layout=next(iter(layouts)) if len(layouts) == 1 else None,
+        family=opened.family,
+        places=frozenset(record.layouts),
+    )
     prepared = prepare(opened, targets, wish)
     _judge_cover(prepared)
     return _Job(prepared, files, record.listing, "its source's layout", make_record(opened, ""), sides, left)
 
 
 def _judge_experts(opened: Checkpoint, experts: Experts) -> None:
-    if isinstance(experts, Mapping):
-        strangers = [path for path in experts if path not in opened.modules]
-        if strangers:
-            known = ", ".join(map(show, list(opened.modules)[:3]))
-            raise UsageError(f"experts by module, such as {known}", f"{show(strangers[0])}", path=opened.path)
+    check_modules(opened, experts)
     for numbers in experts.values() if isinstance(experts, Mapping) else [] if experts is None else [experts]:
         if isinstance(numbers, str) or not len(numbers):
             raise UsageError("the numbers of the experts to keep, at least one", f"{numbers!r}")
@@ -320,65 +333,6 @@ def _cast(prepared: Prepared, target: Target, dtype: torch.dtype | None) -> Targ
     return target._replace(dtype=dtype_name(dtype))
 
 
-def _mended(opened: Checkpoint, wish: Wish, config: bytes | None) -> bytes:
-    """config.json with the number of experts that was kept. Raises where a config cannot say it."""
-    if config is None or opened.family is None:
-        raise ConfigError("a config.json whose number of experts can be mended", "none", path=opened.path)
-    kept = {
-        len(chosen_experts(wish.experts, path, module.sizes["e"]) or range(module.sizes["e"]))
-        for path, module in opened.modules.items()
-    }
-    if len(kept) != 1:
-        raise UsageError(
-            "as many experts in every module, since the config has one number", f"{sorted(kept)}"
-        )
-    body = json.loads(config)
-    (count,) = kept
-    changed = [
-        path
-        for line in opened.family.sizes
-        if line.key == "e"
-        for path in _set_sizes(body, line.terms, count)
-    ]
-    if not changed:
-        raise ConfigError("the number of experts in config.json", "none", path=opened.path)
-    for part in _parts(body):
-        _judge_routing(part, count)
-    return (json.dumps(body, indent=2) + "\n").encode()
-
-
-def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A config and the objects in it."""
-    yield body
-    for value in body.values():
-        if isinstance(value, dict):
-            yield from _parts(value)
-
-
-def _judge_routing(part: Mapping[str, Any], count: int) -> None:
-    """Raise where a token cannot be given its experts any more."""
-    for key in PER_TOKEN:
-        if isinstance(part.get(key), int) and part[key] > count:
-            raise UsageError(f"at least {part[key]} experts, as many as each token takes ({key})", f"{count}")
-    groups = part.get("n_group")
-    if isinstance(groups, int) and groups > 0 and count % groups:
-        raise UsageError(f"a number of experts that {groups} groups (n_group) divide", f"{count}")
-
-
-def _set_sizes(body: dict[str, Any], terms: Sequence[str], count: int) -> list[str]:
-    changed = []
-    for path in (path for term in terms for path in term.split("|")):
-        for start in (body, body.get("text_config")):
-            *above, last = path.split(".")
-            part: Any = start
-            for word in above:
-                part = part.get(word) if isinstance(part, dict) else None
-            if isinstance(part, dict) and isinstance(part.get(last), int):
-                part[last] = count
-                changed.append(path)
-    return changed
-
-
 class _Written(NamedTuple):
     """The bytes read; an xxh3-128 digest per tensor and per leaf, sha256 per file if asked; what the values show."""
 
@@ -424,7 +378,7 @@ def _write(
             staging.create(file.name, file.size)
             account(file.name, staging.write(file.name, 0, file.head))
         shown = _progress(progress, total)
-        parts = _slices(job, kept)
+        parts = _slices(job, kept, sha256)
         read = stream(job.prepared, parts, hand_on, threads=threads, progress=shown, chunk=CHUNK)
         for future in sealed:
             future.result()
@@ -445,11 +399,13 @@ def _kept(job: _Job, staging: Staging, digests: Digests) -> set[str]:
     return kept
 
 
-def _slices(job: _Job, kept: Container[str]) -> Iterator[Slice]:
-    for file in job.files:
-        for tensor in file.tensors:
-            if tensor.end > tensor.begin and file.name not in kept:
-                yield from slices(job.prepared.targets[tensor.name], CHUNK // 2)
+def _slices(job: _Job, kept: Container[str], in_order: bool) -> Iterator[Slice]:
+    """What is to be filled: file by file where files are summed `in_order`, else with gate beside up."""
+    placed = (tensor for file in job.files if file.name not in kept for tensor in file.tensors)
+    targets = [job.prepared.targets[tensor.name] for tensor in placed if tensor.end > tensor.begin]
+    if in_order:
+        return (part for target in targets for part in slices(target, CHUNK // 2))
+    return side_by_side(job.prepared, targets, CHUNK // 2)
 
 
 def _progress(progress: Progress | bool | None, total: int) -> Any:

@@ -1,6 +1,6 @@
 """Every digest of a conversion, and what its values show, made from the chunks that are written, by a thread of its own.
 
-While one thread writes a chunk another hashes it: per tensor in the order of the file, per leaf, and per file if that
+While one thread writes a chunk another hashes it: per tensor in its own order, per leaf, and per file if that
 is asked for. It rejects nothing.
 """
 
@@ -23,7 +23,7 @@ from restow.torch.values import Tie, Values, no_values, source_names
 
 
 class Digests:
-    """The digests of a destination while it is filled: chunks come in the order of its files."""
+    """The digests of a destination while it is filled: each tensor in order, with `sha256` each file too."""
 
     def __init__(self, prepared: Prepared, files: Sequence[OutFile], *, sha256: bool) -> None:
         self.tensors: dict[str, str] = {}

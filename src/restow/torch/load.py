@@ -23,6 +23,7 @@ from restow.errors import (
     IntegrityError,
     MissingTensorError,
     PrecisionError,
+    RestowError,
     UnexpectedTensorError,
     UsageError,
     show,
@@ -30,11 +31,11 @@ from restow.errors import (
 from restow.family import Family
 from restow.landing import Experts, Wish
 from restow.layout import Layout
-from restow.naming import Rename, renamed
+from restow.naming import Rename, check_rename, renamed
 from restow.opening import family_of, open_checkpoint
 from restow.planning import default_targets, make_plan, prepare
 from restow.plans import Plan
-from restow.problems import Problem, merged
+from restow.problems import Problem, alike, merged
 from restow.targets import Shard
 from restow.torch.check import check_load
 from restow.torch.dtypes import narrows
@@ -128,14 +129,16 @@ def plan(
 ) -> Plan:
     """Plan a load without doing it: which bytes of which file go where. Reads headers only.
 
-    `into=None` plans the tensors that the source has in `layout` ("grouped" if None), whole or by `shard`. Tensors of
-    `into` may be meta tensors. What nothing fills is in `.missing`, what has no place in `.unused`.
+    `into=None` plans the tensors that the source has in `layout` ("grouped" if None), under renamed names, whole or by
+    `shard`. Tensors of `into` may be meta tensors. What nothing fills is in `.missing`, what has no place in `.unused`.
     """
     known = family_of(family)
     opened = as_checkpoint(source, known)
     if into is None:
-        wish = Wish(layout, known, (), shard, experts, part)
-        targets = default_targets(opened, layout, wish)
+        check_rename(rename)
+        wish = Wish(layout, known, rename, shard, experts, part)
+        named = [(renamed(t.name, rename), t) for t in default_targets(opened, layout, wish)]
+        targets = [target._replace(name=name) for name, target in named if name is not None]
         names = frozenset(target.name for target in targets)
         return make_plan(opened, targets, replace(wish, layout=layout or "grouped", plain=names))
     slots = slots_of(into, meta=True)
@@ -155,6 +158,7 @@ def load(
     part: bool = False,
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] = (),
+    allow_narrowed: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress | bool | None = None,
     strict: bool = False,
@@ -166,20 +170,21 @@ def load(
     them, or a mapping of names to tensors or DTensors; casts to its dtypes. `layout` is the destination's, found from
     names and shapes if None. Raises before the first byte: `MissingTensorError`, `UnexpectedTensorError` (see
     `allow_missing`, `allow_unused`: `fnmatch` patterns over full names), `ShapeMismatchError`, `PrecisionError`
-    (a cast that narrows an exact row), `AmbiguousLayoutError`, and what `open` finds fatal.
+    (a cast that narrows an exact row, unless `allow_narrowed` names it), `AmbiguousLayoutError`, and what `open` finds fatal.
     """
     started = time.perf_counter()
     known = family_of(family)
+    check_rename(rename)
     opened = as_checkpoint(source, known)
     slots = named_as(slots_of(into), _known_to(opened, known, rename))
     wish = wish_of(slots, layout, known, rename, shard, experts, part)
     made = make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
     missing = _allowed(made.missing, allow_missing, "allow_missing", _missing_error(opened))
     unused = _judge_unused(made, slots, opened, wish, allow_unused)
-    narrowed = _narrowed(made, opened)
+    narrowed = _narrowed(made, opened, allow_narrowed)
     warnings = [str(problem.error) for problem in opened.problems if not problem.fatal]
     if strict and warnings:
-        raise next(problem.error for problem in opened.problems if not problem.fatal)
+        raise merged([problem.error for problem in opened.problems if not problem.fatal])
     scales = judge_scales(opened, threads) if opened.codec is not None and opened.path is not None else ()
     if refused := [problem.error for problem in scales if problem.fatal or strict]:
         raise merged(refused)
@@ -286,9 +291,9 @@ def _allowed(names: Sequence[str], patterns: Sequence[str], option: str, error: 
 
 
 def _missing_error(opened: Checkpoint) -> Any:
-    def error(names: Sequence[str]) -> MissingTensorError:
+    def error(names: Sequence[str]) -> RestowError:
         files = sorted({entry.pieces[0].file for entry in opened.tensors.values() if entry.pieces[0].file})
-        return MissingTensorError(
+        mine = MissingTensorError(
             "every tensor of the destination in the source",
             f"{len(names)} that it does not hold",
             path=opened.path,
@@ -296,6 +301,8 @@ def _missing_error(opened: Checkpoint) -> Any:
             sections=[("missing", map(show, names)), ("looked in", map(show, files))],
             hint="rename= says how names differ; allow_missing= leaves a tensor as it is",
         )
+        # What the source itself lacks is said in its own names, too.
+        return merged([mine, *(problem.error for problem in opened.problems if problem.fatal)])
 
     return error
 
@@ -328,9 +335,10 @@ def _unused_error(opened: Checkpoint) -> Any:
     return error
 
 
-def _narrowed(made: Plan, opened: Checkpoint) -> dict[str, str]:
-    """Casts that lose precision, by destination; raises `PrecisionError` where a row forbids it."""
+def _narrowed(made: Plan, opened: Checkpoint, allow: Sequence[str]) -> dict[str, str]:
+    """Casts that lose precision, by destination; raises `PrecisionError` where a row forbids it and `allow` does not."""
     found: dict[str, str] = {}
+    exact: dict[str, PrecisionError] = {}
     for copy in made.copies:
         part, target = made.parts[copy.source], made.targets[copy.target]
         if target.name in found:
@@ -344,7 +352,7 @@ def _narrowed(made: Plan, opened: Checkpoint) -> dict[str, str]:
             continue
         row = opened.routers.get(part.name)
         if row is not None and row.exact:
-            raise PrecisionError(
+            exact[target.name] = PrecisionError(
                 f"{show(target.name)} in {part.dtype}, as {show(part.name)} is and must stay",
                 target.dtype,
                 tensor=target.name,
@@ -352,4 +360,5 @@ def _narrowed(made: Plan, opened: Checkpoint) -> dict[str, str]:
                 hint="keep this tensor in its precision in the model: its family selects experts by it",
             )
         found[target.name] = f"{part.dtype} -> {target.dtype}"
+    _allowed(list(exact), allow, "allow_narrowed", lambda names: alike([exact[name] for name in names]))
     return found

@@ -35,6 +35,7 @@ from restow.outfiles import INDEX, OutFile, index_text, new_files, recorded_file
 from restow.planning import raise_fatal
 from restow.problems import merged
 from restow.sidefiles import side_files
+from restow.stated import statement
 from restow.targets import Shard, Target
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -195,12 +196,18 @@ def new_outline(
         elif path not in done:
             done.add(path)
             specs += _expert_specs(found.modules[path], union, to, layout, family, back, dtype)
-    files = new_files(specs, limit, {"format": "pt"})
+    said = statement(to, family)
+    files = new_files(specs, limit, {"format": "pt", **said})
     side = {INDEX: index_text(files)} if len(files) > 1 else {}
     if config is not None:
         side["config.json"] = config
     checkpoint = survey(
-        entries_of(files), family=family, layout=None if family else to, config=table, path="."
+        entries_of(files),
+        family=family,
+        layout=None if family else to,
+        config=table,
+        path=".",
+        stated=to if said else None,
     )
     raise_fatal(checkpoint)
     return Outline(files, side, checkpoint)

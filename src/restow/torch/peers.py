@@ -86,13 +86,22 @@ class Peers:
                 return  # the store went with its host: whoever waits says so
 
     def _leave(self) -> None:
-        """Where the store goes with this process, let the others hear first."""
+        """Where the store goes with this process, let the others hear first, but those that are no more."""
         assert self._store is not None
         self._store.set(f"left/{self.rank}", "")
-        left, until = self._store.add("left", 1), time.monotonic() + LINGER
-        while self._host and left < self.size and time.monotonic() < until:
-            time.sleep(POLL[0])
-            left = self._store.add("left", 0)
+        others, until = set(range(self.size)) - {self.rank}, time.monotonic() + LINGER
+        while self._host and others and time.monotonic() < until:
+            others = {other for other in others if self._listens(other)}
+            time.sleep(min(POLL[0] * self.size, POLL[1]))
+
+    def _listens(self, rank: int) -> bool:
+        """Whether a rank may still come to hear: it has not left, and is not known to be gone."""
+        assert self._store is not None
+        if self._store.check([f"left/{rank}"]):
+            return False
+        now = time.monotonic()
+        since, process = self._beat_of(rank, now)[1], self._process(rank)
+        return now - since <= SILENCE and not (process and _gone(*process[1:]))
 
     def _tell(self, rank: int, error: BaseException) -> None:
         """Leave an error for all: this rank's own, or what it found of another."""
@@ -156,6 +165,13 @@ class Peers:
         except Exception as error:
             raise self._no_store(key, error) from error
 
+    def ask_why(self, key: str) -> None:
+        """Files were taken away under this rank: raise the reason, which is told just after, if it comes."""
+        until = time.monotonic() + SILENCE
+        while self._store is not None and time.monotonic() < until:
+            self.watch(key, 0)
+            time.sleep(POLL[1])
+
     def _raise_failed(self, key: str) -> None:
         assert self._store is not None
         rank, kind, text = json.loads(self._store.get("failed"))
@@ -178,11 +194,7 @@ class Peers:
         assert self._store is not None
         if self._store.check([f"left/{rank}"]):
             return  # it ended well, or its error is there
-        beat = self._store.add(f"beat/{rank}", 0)
-        last, since = self._beats.get(rank, (-1, now))
-        if beat != last:
-            since = now
-        self._beats[rank] = beat, since
+        beat, since = self._beat_of(rank, now)
         process = self._process(rank)
         where = f"rank {rank} on {process[0]}" if process else f"rank {rank}"
         error: RestowError | None = None
@@ -201,6 +213,14 @@ class Peers:
         if error is not None:
             self._tell(rank, error)
             raise error
+
+    def _beat_of(self, rank: int, now: float) -> tuple[int, float]:
+        """The last beat of a rank (0 before its first), and when this rank saw it change."""
+        assert self._store is not None
+        beat = self._store.add(f"beat/{rank}", 0)
+        last, since = self._beats.get(rank, (-1, now))
+        self._beats[rank] = beat, since if beat == last else now
+        return self._beats[rank]
 
     def _process(self, rank: int) -> tuple[str, str, int] | None:
         """Host, process space and number of a rank, as it left them in this save or an earlier one."""

@@ -53,7 +53,8 @@ class SaveReport:
     def __str__(self) -> str:
         rate = self.bytes_total / self.seconds / 1e9 if self.seconds else 0.0
         text = (
-            f"saved {self.tensors:,} tensors in {self.files} files at {show(self.path)}: {self.bytes_total:,} bytes, "
+            f"saved {self.tensors:,} tensors in {self.files} file{'s' if self.files != 1 else ''} at "
+            f"{show(self.path)}: {self.bytes_total:,} bytes, "
             f"{self.bytes_written:,} of them from here, {self.seconds:.2f} s ({rate:.2f} GB/s)"
         )
         if self.narrowed:

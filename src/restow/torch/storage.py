@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
 from restow.boxes import Run, held, whole
-from restow.errors import DtypeMismatchError, ShapeMismatchError, UsageError, show
+from restow.errors import DtypeMismatchError, RestowError, ShapeMismatchError, UsageError, show
+from restow.problems import alike
 from restow.targets import Runs, Target
 from restow.torch.dtypes import NAME
 
@@ -47,17 +48,22 @@ def slots_of(into: Into, *, meta: bool = False) -> Slots:
     aliases: dict[str, str] = {}
     buffers: list[str] = []
     seen: dict[object, str] = {}
+    refused: list[RestowError] = []
     for name, tensor, persistent in tensors_of(into):
         if not persistent:
             buffers.append(name)
             continue
         if name in slots or name in aliases:
             raise UsageError(f"one tensor by the name {show(name)}", "two in the modules given")
-        slot = slot_of(name, tensor, meta=meta)
-        if 0 in (step for n, step in zip(slot.local.shape, slot.local.stride(), strict=True) if n > 1):
-            raise UsageError(
-                f"memory of its own for every element of {show(name)}", "an expanded tensor", tensor=name
-            )
+        try:
+            slot = slot_of(name, tensor, meta=meta)
+            if 0 in (step for n, step in zip(slot.local.shape, slot.local.stride(), strict=True) if n > 1):
+                raise UsageError(
+                    f"memory of its own for every element of {show(name)}", "an expanded tensor", tensor=name
+                )
+        except RestowError as error:
+            refused.append(error)
+            continue
         key = memory_of(slot.local)
         if key is not None and key in seen:
             aliases[name] = seen[key]
@@ -65,6 +71,8 @@ def slots_of(into: Into, *, meta: bool = False) -> Slots:
         if key is not None:
             seen[key] = name
         slots[name] = slot
+    if refused:
+        raise alike(refused)
     return Slots(slots, aliases, tuple(buffers))
 
 

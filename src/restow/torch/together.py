@@ -14,7 +14,13 @@ from hashlib import sha256
 from pathlib import Path
 
 from restow.destination import locate
-from restow.errors import DurabilityUncertainError, IntegrityError, PeerFailedError, PeerTimeoutError
+from restow.errors import (
+    DurabilityUncertainError,
+    IntegrityError,
+    PeerFailedError,
+    PeerTimeoutError,
+    RestowError,
+)
 from restow.landing import Wish
 from restow.naming import Rename
 from restow.outfiles import OutFile
@@ -22,7 +28,7 @@ from restow.pages import PagedWrites, Range, Write, all_spills, page_of, shared_
 from restow.planning import Prepared, plan_of, prepare
 from restow.plans import Plan
 from restow.publish import Staging
-from restow.sharing import Share, leave_witness, remove_witness
+from restow.sharing import Share, leave_witness, remove_witness, vanished
 from restow.targets import Shard, Target, whole_target
 from restow.torch.holdings import (
     Holding,
@@ -166,9 +172,14 @@ def _lead(job: Job, outline: Outline, plan: Plan, peers: Peers) -> tuple[int, tu
 def _follow(job: Job, outline: Outline, plan: Plan, peers: Peers) -> tuple[int, tuple[str, ...]]:
     """Every other rank: write its share into rank 0's files, sync, report, wait for the publication."""
     token, folder, page = json.loads(peers.hear("begin", 0))
-    with Share(Path(folder), token, peers.rank) as share:
-        written = _fill(job, plan, share.write, page, Path(folder), peers)
-        share.sync(between=lambda: peers.watch("written"))
+    with Share(Path(folder), token, peers.rank, watch=lambda: peers.watch("begin")) as share:
+        try:
+            written = _fill(job, plan, share.write, page, Path(folder), peers)
+            share.sync(between=lambda: peers.watch("written"))
+        except RestowError as error:
+            if vanished(error):
+                peers.ask_why("written")
+            raise
         peers.say("written", json.dumps(share.counts))
         try:
             peers.hear("published", 0)

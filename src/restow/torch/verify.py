@@ -20,8 +20,9 @@ from restow.checkpoint import Checkpoint
 from restow.decoded import DecodedTensors, decoded
 from restow.errors import UsageError, show
 from restow.find import Module
+from restow.joining import joined
 from restow.landing import Wish, pair_modules
-from restow.layout import name_of
+from restow.layout import name_of, shape_of
 from restow.naming import Rename, check_rename, renamed
 from restow.notation import Row
 from restow.opening import family_of, open_checkpoint
@@ -70,7 +71,9 @@ def verify(
         raise merged([problem.error for side in (first, second) for problem in side.problems])
     first, second = decoded(first), decoded(second)
     sides = _pair(first, second, rename, experts_only)
-    read, compared, found, notes = _compare(sides, chosen(second, sides.targets, sample), threads, progress)
+    read, compared, found, notes = _compare(
+        sides, chosen(second, sides.prepared, sides.targets, sample), threads, progress
+    )
     found = [*sides.differences, *explain(found, first, second, sides.prepared, threads)]
     return VerifyReport(
         equal=not found,
@@ -162,6 +165,7 @@ def _pair(first: Checkpoint, second: Checkpoint, rename: Rename, experts_only: b
                 found.append(Difference("shape", path, why=why))
                 continue
             gaps = [*_gaps(other, row.role, "there"), *_gaps(module, row.role, "here")]
+            gaps += [*_misfits(first, other, row.role, "there"), *_misfits(second, module, row.role, "here")]
             if gaps:
                 found += gaps
                 continue
@@ -207,6 +211,16 @@ def _gaps(module: Module, role: str, where: str) -> list[Difference]:
     return [Difference("missing", f"{module.path}.{_spelled(row, place, module)}", why=why) for place in lost]
 
 
+def _misfits(side: Checkpoint, module: Module, role: str, where: str) -> list[Difference]:
+    """The tensors of a role that have another shape than their module's sizes say; one without elements, too."""
+    wanted = shape_of(module.layout.row(role), module.sizes)
+    shapes = {n: tuple(side.tensors[n].shape) for n in module.tensors[role] if n is not None}
+    why = f"{where}, {list(wanted)} by the sizes of {show(module.path)}; its role '{role}' was not compared"
+    return [
+        Difference("shape", n, why=f"{list(shape)} {why}") for n, shape in shapes.items() if shape != wanted
+    ]
+
+
 def _spelled(row: Row, place: int, module: Module) -> str:
     index = name_index(row, place, module.sizes)
     return name_of(row, tuple(index[axis] for axis in row.name_axes), module.sizes)
@@ -228,12 +242,13 @@ def _compare(
     total = sum(sides.nbytes(part.target) for part in chosen)
     read = done = 0
     buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+    joint = joined(sides.prepared)
     for group in grouped(iter(chosen), CHUNK):
         need = sum(room(part.target) for part in group)
         buffers = [
             b if b.numel() >= need else torch.empty(max(need, CHUNK), dtype=torch.uint8) for b in buffers
         ]
-        theirs, got = fill(sides.prepared, group, buffers[0], threads=threads)
+        theirs, got = fill(sides.prepared, group, buffers[0], joint=joint, threads=threads)
         ours, more = fill(sides.own, group, buffers[1], threads=threads)
         read += got + more
         for left, right in zip(theirs, ours, strict=True):

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 from restow.checkpoint import Checkpoint
 from restow.errors import show
+from restow.planning import Prepared
 from restow.problems import Problem
 from restow.targets import Target
-from restow.torch.chunks import CHUNK, Slice, room, slices
+from restow.torch.chunks import CHUNK, Slice, room, side_by_side, slices
 
 SEED = 20261123
 
@@ -70,7 +71,8 @@ class VerifyReport:
 
     def __str__(self) -> str:
         rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
-        verdict = "equal" if self.equal else f"{len(self.differences)} differences"
+        count = len(self.differences)
+        verdict = "equal" if self.equal else f"{count} difference{'s' if count != 1 else ''}"
         head = f"{verdict}: {self.tensors:,} tensors, {self.bytes_read:,} bytes read, {self.seconds:.1f} s"
         lines = [f"{head} ({rate:.1f} GB/s){self.sampled}"]
         lines += [f"  {difference}" for difference in self.differences[:20]]
@@ -86,12 +88,12 @@ def sampled(sample: float | None) -> str:
     return "" if sample is None else f", a sample of {sample:.1%} (seed {SEED})"
 
 
-def chosen(second: Checkpoint, targets: Mapping[str, Target], sample: float | None) -> Iterator[Slice]:
+def chosen(
+    second: Checkpoint, prepared: Prepared, targets: Mapping[str, Target], sample: float | None
+) -> Iterator[Slice]:
     """The slices of all targets, or of a seeded part of their leaves."""
     if sample is None:
-        for target in targets.values():
-            if all(target.shape):
-                yield from slices(target, CHUNK // 2)
+        yield from side_by_side(prepared, (t for t in targets.values() if all(t.shape)), CHUNK // 2)
         return
     every = [
         part for target in targets.values() if all(target.shape) for part in _leaf_slices(second, target)

@@ -1,0 +1,147 @@
+"""What a call may not mean: refused by name, all of it at once, before a byte is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import restow
+import tiny
+from moe import AT, Model, differing
+from restow.cli import app
+from restow.errors import PrecisionError, ShapeMismatchError, UsageError
+
+SMALL = Model()
+
+
+class Wrapped(torch.Tensor):
+    """A subclass that hides its storage."""
+
+
+def empty(layout: str = "fused") -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(t) for name, t in SMALL.spelled(layout).items()}
+
+
+def test_every_meta_tensor_is_named(tmp_path: Path) -> None:
+    source = SMALL.written(tmp_path / "source")
+    meta = {name: t.to("meta") for name, t in empty().items()}
+    with pytest.raises(UsageError) as caught:
+        restow.load(source, meta)
+    lines = "\n".join(f"            {name}" for name in list(meta)[1:])
+    assert str(caught.value) == (
+        "expected memory behind model.embed_tokens.weight, and the like for 8 more, found a meta tensor\n"
+        f"  tensors   model.embed_tokens.weight\n{lines}\n"
+        "  try       materialise the model first, e.g. model.to_empty(device=...)"
+    )
+
+
+def test_every_tensor_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    into = empty()
+    into["lm_head.weight"] = into["lm_head.weight"].as_subclass(Wrapped)
+    into["model.norm.weight"] = torch.zeros(1, dtype=torch.bfloat16).expand(10)
+    with pytest.raises(UsageError) as caught:
+        restow.load(SMALL.written(tmp_path / "source"), into)
+    assert str(caught.value).splitlines()[1:3] == [
+        "  tensors   model.norm.weight",
+        "            lm_head.weight: Wrapped",
+    ]
+
+
+def test_every_wrong_shape_is_named(tmp_path: Path) -> None:
+    into = empty()
+    into["lm_head.weight"], into["model.norm.weight"] = torch.zeros(3, 3), torch.zeros(3)
+    with pytest.raises(ShapeMismatchError, match=r"(?s)model.norm.weight.*lm_head.weight"):
+        restow.load(SMALL.written(tmp_path / "source"), into)
+
+
+def test_exact_rows_are_narrowed_only_where_they_are_named() -> None:
+    source = tiny.saved("deepseek_v3")
+    into = {k: v.to(torch.bfloat16) for k, v in tiny.build("deepseek_v3").state_dict().items()}
+    exact = [name for name in into if name.endswith("e_score_correction_bias")]
+    assert len(exact) == 2
+    with pytest.raises(PrecisionError) as caught:
+        restow.load(source, into)
+    assert all(name in str(caught.value) for name in exact)
+    with pytest.raises(PrecisionError, match=exact[1]) as caught:
+        restow.load(source, into, allow_narrowed=[exact[0]])
+    assert exact[0] not in str(caught.value)
+    with pytest.raises(UsageError, match="allow_narrowed patterns that match something, found 'nothing'"):
+        restow.load(source, into, allow_narrowed=["*bias", "nothing"])
+    report = restow.load(source, into, allow_narrowed=["*.e_score_correction_bias"])
+    assert {report.narrowed[name] for name in exact} == {"F32 -> BF16"}
+
+
+def test_experts_of_a_module_that_is_not_there(tmp_path: Path) -> None:
+    source = SMALL.written(tmp_path / "source")
+    for call in (restow.plan, lambda path, **words: restow.load(path, empty(), **words)):
+        with pytest.raises(UsageError) as caught:
+            call(source, experts={"model.layers.9.mlp.experts": [1]})
+        assert str(caught.value).splitlines()[0] == (
+            f"expected experts by module, such as {AT.format(0)}, {AT.format(1)}, found model.layers.9.mlp.experts"
+        )
+
+
+def test_shards_of_what_is_no_axis_of_the_experts(tmp_path: Path) -> None:
+    source = SMALL.written(tmp_path / "source")
+    with pytest.raises(UsageError, match="one of d, e, f, p, found 'L'"):
+        restow.plan(source, shard=restow.Shard("L", rank=0, of=2))
+    for rank, of in ((0.5, 2), (True, 2), (0, 2.0)):
+        with pytest.raises(UsageError, match="a rank from 0 to of - 1"):
+            restow.Shard("e", rank=rank, of=of)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rename", [[("a",)], "ab", [("", "x")]])
+def test_renames_that_are_none(rename: object, tmp_path: Path) -> None:
+    source = SMALL.written(tmp_path / "source")
+    for into in (None, empty()):
+        with pytest.raises(UsageError, match="rename as pairs"):
+            restow.plan(source, into, rename=rename)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="rename as pairs"):
+        restow.load(source, empty(), rename=rename)  # type: ignore[arg-type]
+
+
+def test_a_plan_without_a_destination_is_renamed_too(tmp_path: Path) -> None:
+    rename = [("model.layers", "blocks"), ("lm_head", "head")]
+    source = SMALL.written(tmp_path / "source")
+    plan = restow.plan(source, rename=rename)
+    into = {t.name: torch.zeros(t.shape, dtype=torch.bfloat16) for t in plan.targets}
+    assert not plan.missing and not plan.unused
+    wanted = {
+        name.replace("model.layers", "blocks").replace("lm_head", "head"): t
+        for name, t in SMALL.spelled("grouped").items()
+    }
+    assert restow.load(source, into, rename=rename).bytes_read == plan.bytes
+    assert differing(into, wanted) == []
+
+
+def test_flattened_experts_in_memory_are_counted_by_their_routers() -> None:
+    model, other = tiny.build("dbrx"), tiny.build("dbrx")
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    report = restow.load(state, other, family="dbrx")
+    assert not report.missing and not report.unused
+    assert differing(dict(other.state_dict()), state) == []
+    grouped = restow.relayout(state, dst="grouped", family="dbrx")
+    assert differing(restow.relayout(grouped, dst="hf", family="dbrx"), state) == []
+
+
+def test_a_conversion_says_a_check_that_can_succeed(tmp_path: Path) -> None:
+    source = SMALL.written(tmp_path / "source")
+    (tmp_path / "keep.json").write_text("[1, 2]")
+    for number, (words, against) in enumerate((
+        ([], f"{source} {tmp_path / '0'}"),
+        (["--keep-experts", str(tmp_path / "keep.json")], f"{tmp_path / '1'}    (the source holds other values)"),
+        (["--dtype", "f16"], f"{tmp_path / '2'}    (the source holds other values)"),
+        (["--dtype", "f32"], f"{source} {tmp_path / '3'}"),
+    )):  # fmt: skip
+        made = tmp_path / str(number)
+        done = CliRunner().invoke(app, ["convert", str(source), str(made), "--to", "fused", *words])
+        assert done.exit_code == 0
+        assert f"check it with: restow verify {against}\n" in done.stdout
+        checked = against.partition("    ")[0].split()
+        assert CliRunner().invoke(app, ["verify", *checked]).exit_code == 0
