@@ -263,7 +263,7 @@ def _config(
         raw = {k: v for k, v in adapter.config.raw.items() if k not in FIELDS} | dict(origin.fields)
         try:
             if says(adapter_config(raw), want):
-                return raw
+                return _dated(raw, fmt, installed)
         except AdapterError:
             pass
     said = scales(carry, want, fmt)
@@ -273,13 +273,23 @@ def _config(
         if adapter.config.raw.get("lora_dropout"):
             changes["lora_dropout"] = 0.0
             notes.append("lora_dropout is 0 here: PEFT has no dropout on parameters")
-    elif fmt.kind in ("wrapper", "wrapper3"):
-        changes["peft_version"] = NEWEST
+    elif fmt.kind in ("wrapper", "wrapper3"):  # a version that has lora_A face the same side
+        same = faces == faces_of("0.19.1", base.family)
+        changes["peft_version"] = NEWEST if same else VERSIONS["0.18"]
     raw = written(said, **changes)
     raw.pop("lora_B_layout", None)
     raw.pop("restow_layout", None)
     if fmt.kind in ("native", "stacked", "outer", "wrapper3"):
         raw["restow_layout"] = fmt.name
+    return raw
+
+
+def _dated(raw: dict[str, Any], fmt: Format, installed: str | None) -> dict[str, Any]:
+    """A first config as this format's: a version of another era would be a wrong one here."""
+    version = raw.get("peft_version")
+    era = era_of(version) if isinstance(version, str) else None
+    if fmt.peft and fmt.era and era not in (None, fmt.era):
+        raw["peft_version"] = installed or VERSIONS[fmt.era]
     return raw
 
 
