@@ -6,13 +6,17 @@ Values follow from names alone, and B is not zero, so that a misplaced factor sh
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +30,22 @@ CONTAINER = {"llama4_text": "feed_forward.experts", "nemotron_h": "mixer.experts
 def parameters(family: str) -> list[str]:
     container = CONTAINER.get(family, "mlp.experts")
     return [f"{container}.{IN.get(family, 'gate_up_proj')}", f"{container}.down_proj"]
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder in memory where there is one: every conversion syncs its files, which costs nothing there."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="restow-", dir=place))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def config_of(family: str, folder: Path) -> Path:
+    """A base that is a config alone, without weights."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((base(family) / "config.json").read_bytes())
+    return folder
 
 
 def base(family: str, sizes: str = "plain") -> Path:

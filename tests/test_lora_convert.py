@@ -3,50 +3,92 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import lora_adapters as adapters
 import restow
 import restow.lora
 import tiny
 from restow.errors import AdapterError, MissingTensorError, ShapeMismatchError, UsageError
+from save_ranks import ranks
 
-FORMATS = (
-    "grouped",
-    "peft",
-    "peft-0.18",
-    "peft-0.19.0",
-    "peft-per-expert",
-    "vllm",
-    "sglang",
-    "megatron",
-    "megatron-3d",
-)
+FORMATS = tuple(name for name in restow.lora.formats if name not in ("vllm-shared-outer", "peft-0.19.1"))
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+tmp_path = adapters.tmp_path
+SIZES = ("plain", "2f == d", "f == d")
+CASES = ("plain", "rank 1", "rank is experts", "rslora", "patterns")
+# one walk a family, so that every case and all sizes come by default; the slow job goes through all of them
+WALKS = [
+    ("qwen3_moe", "patterns", "2f == d"), ("mixtral", "rank 1", "plain"), ("deepseek_v3", "rank is experts", "f == d"),
+    ("gpt_oss", "patterns", "f == d"), ("llama4_text", "rslora", "2f == d"), ("nemotron_h", "patterns", "f == d"),
+    ("qwen2_moe", "plain", "plain"), ("llama4_text", "patterns", "f == d"),
+]  # fmt: skip
 
 
-def settings(family: str) -> dict[str, Any]:
+def settings(family: str, case: str = "patterns") -> dict[str, Any]:
+    """Ranks of 5, 3 and 2, scales that are no powers of two, a pattern that matches nothing; or one thing alone."""
     one, two = adapters.parameters(family)
-    return {"rank_pattern": {one: 5, "q_proj": 2, "unused": 9}, "alpha_pattern": {two: 7}, "use_rslora": True}
+    patterns = {
+        "rank_pattern": {one: 5, "q_proj": 2, "unused": 9},
+        "alpha_pattern": {two: 7},
+        "use_rslora": True,
+    }
+    cases = {"plain": {}, "rank 1": {"r": 1}, "rank is experts": {"r": 12}, "rslora": {"use_rslora": True}}
+    return {**cases, "patterns": patterns}[case]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text", "nemotron_h", "mixtral"])
-def test_every_pair_of_formats(tmp_path: Path, family: str) -> None:
-    """source -> one -> two -> source, bits and config; patterns, rsLoRA and ranks of their own included."""
-    source = adapters.make(tmp_path / "a", family, **settings(family))
-    base = adapters.base(family)
-    for one in FORMATS:
+def every_pair(
+    tmp_path: Path, family: str, case: str, sizes: str, formats: tuple[str, ...] = FORMATS
+) -> None:
+    """source -> one -> two -> source: bits and config. And one -> two has the bits of source -> two, whatever the way."""
+    source = adapters.make(tmp_path / "a", family, sizes, **settings(family, case))
+    base = adapters.base(family, sizes)
+    for one in formats:
         restow.lora.convert(source, tmp_path / one, to=one, base=base)
-    for one, two in product(FORMATS, FORMATS):
+    for one, two in product(formats, formats):
         restow.lora.convert(tmp_path / one, tmp_path / "x", to=two, base=base, replace=True)
+        direct, have = adapters.tensors(tmp_path / two), adapters.tensors(tmp_path / "x")
+        assert sorted(have) == sorted(direct), (one, two)
+        assert all(torch.equal(have[n], t) for n, t in direct.items()), (one, two)
         restow.lora.convert(tmp_path / "x", tmp_path / "back", to="peft", base=base, replace=True)
         adapters.same(source, tmp_path / "back")
+
+
+def test_every_pair_of_formats(tmp_path: Path) -> None:
+    """One of each kind; the walks below and the slow job go through all of them."""
+    kinds = ("grouped", "peft", "peft-0.18", "peft-separate", "peft-per-expert", "vllm", "megatron")
+    every_pair(tmp_path, "qwen3_moe", "patterns", "plain", kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", adapters.FAMILIES)
+def test_every_pair_of_formats_in_every_family(tmp_path: Path, family: str, case: str, sizes: str) -> None:
+    every_pair(tmp_path, family, case, sizes)
+
+
+@pytest.mark.parametrize(("family", "case", "sizes"), WALKS)
+def test_a_walk_through_all_formats(tmp_path: Path, family: str, case: str, sizes: str) -> None:
+    """Through each format into the next, in an order of the family's own, and home: bits and config."""
+    source = here = adapters.make(tmp_path / "a", family, sizes, **settings(family, case))
+    base = adapters.base(family, sizes)
+    order = list(FORMATS)
+    random.Random(f"{family} {case}").shuffle(order)
+    for i, to in enumerate(order):
+        restow.lora.convert(here, tmp_path / f"{i}", to=to, base=base)
+        here = tmp_path / f"{i}"
+    restow.lora.convert(here, tmp_path / "back", to="peft", base=base)
+    adapters.same(source, tmp_path / "back")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -343,40 +385,46 @@ def test_load_refuses_holes_ranks_and_strangers(tmp_path: Path) -> None:
         restow.lora.load(source, {**state, name: torch.zeros(12, 24, 4)}, base=base)
 
 
-def _rank(rank: int, of: int, folder: str) -> None:
-    """One rank: its part of an adapter, against the whole; then all of them save, twice, the second time in vain."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+LOADED = ("peft", "grouped", "peft-per-expert", "vllm", "peft-0.18", "sglang", "megatron-3d", "peft-separate")
+MESHES = [((4,), ("e",)), ((4,), ("last",)), ((2, 2), ("e", "middle"))]
 
-    root = Path(folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=of)
+
+def _rank(rank: int, root: Path) -> list[str]:
+    """One rank: its part of an adapter from every format, against the whole; then all save into several formats."""
+    dims = {"e": 0, "middle": 1, "last": 2}
+    whole = {n.removeprefix("base_model.model."): t for n, t in adapters.tensors(root / "grouped").items()}
+    wrong: list[str] = []
+    config: dict[str, Any] = {}
+    for i, to in enumerate(LOADED):
+        shape, axes = MESHES[i % len(MESHES)]
+        mesh = init_device_mesh("cpu", shape)
+        cuts = {n: [Shard(dims[a] if "experts" in n else 0) for a in axes] for n in whole}
+        into = {n: distribute_tensor(torch.zeros_like(t), mesh, cuts[n]) for n, t in whole.items()}
+        config = restow.lora.load(root / to, into, base=root / "base")
+        wrong += [f"{to} {n}" for n in whole if not torch.equal(into[n].full_tensor(), whole[n])]
+    for to in ("peft", "peft-per-expert", "sglang", "peft-separate"):
+        restow.lora.save(into, root / f"saved {to}", to=to, config=config, base=root / "base")
+    dist.barrier()
     try:
-        mesh = init_device_mesh("cpu", (of,))
-        whole = {n.removeprefix("base_model.model."): t for n, t in adapters.tensors(root / "g").items()}
-        for dim in (0, 2):
-            cuts = {n: Shard(dim if "experts" in n else 0) for n in whole}
-            into = {n: distribute_tensor(torch.zeros_like(t), mesh, [cuts[n]]) for n, t in whole.items()}
-            config = restow.lora.load(root / "a", into, base=root / "base")
-            assert all(torch.equal(into[n].full_tensor(), whole[n]) for n in whole)
-        restow.lora.save(into, root / "out", to="peft", config=config, base=root / "base")
-        dist.barrier()
-        assert sorted(adapters.tensors(root / "out")) == sorted(adapters.tensors(root / "a"))
-        with pytest.raises(restow.errors.DestinationExistsError):
-            restow.lora.save(into, root / "out", to="peft", config=config, base=root / "base")
-    finally:
-        dist.destroy_process_group()
+        restow.lora.save(into, root / "saved peft", to="peft", config=config, base=root / "base")
+        wrong.append("rank 0's refusal was not told")
+    except restow.errors.DestinationExistsError:
+        pass
+    return wrong
 
 
 def test_ranks_load_their_part_and_save_together(tmp_path: Path) -> None:
-    import torch.multiprocessing as mp
-
-    source, _ = grouped_parameters(tmp_path, "qwen3_moe")
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_bytes((adapters.base("qwen3_moe") / "config.json").read_bytes())
-    mp.spawn(_rank, (3, str(tmp_path)), nprocs=3)
-    out, want = adapters.tensors(tmp_path / "out"), adapters.tensors(source)
-    assert all(torch.equal(out[n], want[n]) for n in want)
+    source = adapters.make(tmp_path / "source", "qwen3_moe")
+    base = adapters.config_of("qwen3_moe", tmp_path / "base")
+    for to in LOADED:
+        restow.lora.convert(source, tmp_path / to, to=to, base=base)
+    for end in ranks(4, tmp_path, _rank, tmp_path):
+        assert end.error is None, end.error
+        assert end.value == []
+    for to in ("peft", "peft-per-expert", "sglang", "peft-separate"):
+        out, want = adapters.tensors(tmp_path / f"saved {to}"), adapters.tensors(tmp_path / to)
+        assert sorted(out) == sorted(want)
+        assert all(torch.equal(out[n], want[n]) for n in want)
 
 
 def test_merge_counts_and_measures(tmp_path: Path) -> None:

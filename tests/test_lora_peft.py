@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +24,71 @@ import restow.lora
 import tiny
 from restow.errors import AdapterError
 
-CASES: dict[str, dict[str, Any]] = {
-    "plain": {}, "rank 1": {"r": 1}, "rank is experts": {"r": 12}, "rslora": {"use_rslora": True}, "patterns": {},
-}  # fmt: skip
+CASES = ("plain", "rank 1", "rank is experts", "rslora", "patterns")
+BY_DEFAULT = {("qwen3_moe", "patterns"), ("mixtral", "rslora"), ("deepseek_v3", "plain"), ("gpt_oss", "patterns"),
+              ("llama4_text", "rank is experts"), ("nemotron_h", "rslora"), ("qwen2_moe", "rank 1")}  # fmt: skip
 OLD = Path(os.environ.get("RESTOW_OLD_PEFT", "/nowhere"))
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+tmp_path = adapters.tmp_path
 
 
 def settings(case: str, family: str) -> dict[str, Any]:
-    if case != "patterns":
-        return CASES[case]
     one, two = adapters.parameters(family)
-    return {"rank_pattern": {one: 5, "q_proj": 2}, "alpha_pattern": {two: 7}}
+    patterns = {"rank_pattern": {one: 5, "q_proj": 2}, "alpha_pattern": {two: 7}}
+    cases = {"plain": {}, "rank 1": {"r": 1}, "rank is experts": {"r": 12}, "rslora": {"use_rslora": True}}
+    return {**cases, "patterns": patterns}[case]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", adapters.FAMILIES)
+def some(cases: list[tuple[str, ...]], by_default: set[tuple[str, ...]]) -> list[Any]:
+    """Parameters of a test, of which only some are for every run; the slow job has all."""
+    assert by_default <= set(cases)
+    return [pytest.param(*case, marks=() if case in by_default else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(("family", "case"), some(list(product(adapters.FAMILIES, CASES)), BY_DEFAULT))
 def test_merged_weights_are_peft_s(tmp_path: Path, family: str, case: str) -> None:
     source = adapters.make(tmp_path / "a", family, **settings(case, family))
     want = adapters.merged(source, family)
     base = adapters.base(family)
     before = adapters.base_state(family)
     assert max((want[k] - before[k]).abs().max().item() for k in want) > 0.1
-    for to in ("peft", "grouped", "peft-0.18", "peft-per-expert", "vllm", "sglang", "megatron-3d"):
+    first: dict[str, torch.Tensor] = {}
+    for to in (
+        "peft",
+        "grouped",
+        "peft-0.18",
+        "peft-separate",
+        "peft-per-expert",
+        "vllm",
+        "sglang",
+        "megatron-3d",
+    ):
         restow.lora.convert(source, tmp_path / to, to=to, base=base)
         report = restow.lora.merge(base, tmp_path / to, tmp_path / f"{to}-merged")
         assert report.kept_all > 0.999
+        merged = load_file(tmp_path / f"{to}-merged" / "model.safetensors")
+        if first:  # what came of the first format is read by transformers, and compared with PEFT
+            assert sorted(merged) == sorted(first)
+            for name, tensor in first.items():
+                torch.testing.assert_close(merged[name], tensor, atol=1e-5, rtol=1e-5, msg=f"{to} {name}")
+            continue
+        first = merged
         have = tiny.reload(tmp_path / f"{to}-merged", family)[0].state_dict()
         for name, tensor in want.items():
             torch.testing.assert_close(have[name], tensor, atol=1e-5, rtol=1e-5, msg=f"{to} {name}")
 
 
-@pytest.mark.parametrize("sizes", ["2f == d", "f == d"])
-@pytest.mark.parametrize("family", adapters.FAMILIES)
+SQUARE = {
+    ("qwen3_moe", "2f == d"),
+    ("gpt_oss", "f == d"),
+    ("llama4_text", "2f == d"),
+    ("nemotron_h", "f == d"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), some(list(product(adapters.FAMILIES, ("2f == d", "f == d"))), SQUARE)
+)
 def test_sizes_that_coincide(tmp_path: Path, family: str, sizes: str) -> None:
     source = adapters.make(tmp_path / "a", family, sizes)
     base = adapters.base(family, sizes)
@@ -206,14 +239,22 @@ def hand(state: dict[str, torch.Tensor], scale: Any, family: str = "qwen3_moe") 
     return merged
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("ranks", [(3, 3, 3), (3, 5, 3), (2, 2, 7)])
-@pytest.mark.parametrize("shared", [True, False])
+RANKS = ((3, 3, 3), (3, 5, 3), (2, 2, 7))
+BY_HAND = [
+    case for case in product((True, False), RANKS, (False, True)) if not case[0] or case[1][0] == case[1][1]
+]
+SOME = {
+    (True, (2, 2, 7), True),
+    (False, (3, 3, 3), True),
+    (False, (3, 5, 3), False),
+    (False, (2, 2, 7), False),
+}
+
+
+@pytest.mark.parametrize(("shared", "ranks", "rslora"), some(BY_HAND, SOME))
 def test_per_expert_adapters_by_hand(
     tmp_path: Path, shared: bool, ranks: tuple[int, int, int], rslora: bool
 ) -> None:
-    if shared and ranks[0] != ranks[1]:
-        pytest.skip("no one A of two ranks")
     state = per_expert("qwen3_moe", shared=shared, ranks=ranks)
     patterns = {w: r for w, r in zip(("gate_proj", "up_proj", "down_proj"), ranks, strict=True) if r != 3}
     source = adapters.write(tmp_path / "e", state, rank_pattern=patterns, use_rslora=rslora,

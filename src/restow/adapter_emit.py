@@ -183,11 +183,14 @@ def target_modules(config: AdapterConfig, plain: Sequence[str], base: Base) -> l
 
 
 def target_parameters(
-    config: AdapterConfig, ours: Sequence[str], tails: Sequence[str], every: bool
+    config: AdapterConfig, ours: Sequence[str], tails: Sequence[str], before: Sequence[str], every: bool
 ) -> list[str]:
-    """Entries for the experts' parameters: their tails where every layer has them, else full names; others stay."""
+    """Entries for the experts' parameters: their tails where every layer has them, else full names.
+
+    Entries that mean anything but experts (`before`: their parameters as the source may name them) stay.
+    """
     given = config.names("target_parameters")
-    stay = [t for t in given if not any(_ends(name, t) for name in ours)]
+    stay = [t for t in given if not any(_ends(name, t) for name in (*ours, *before))]
     mine = [t for t in given if any(_ends(name, t) for name in ours)]
     if every and mine and all(any(_ends(n, t) for t in mine) for n in ours):
         return list(given)

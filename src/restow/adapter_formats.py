@@ -19,7 +19,7 @@ from restow.family import Family
 from restow.layout import name_of
 from restow.notation import Labels, Part, Row, parse_row
 
-Kind = Literal["native", "wrapper", "wrapper3", "stacked", "expert", "expert_fused", "outer"]
+Kind = Literal["native", "wrapper", "wrapper3", "apart", "stacked", "expert", "expert_fused", "outer"]
 Faces = Literal["input", "output"]
 ROLES = ("in", "out")
 
@@ -47,6 +47,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType({f.name: f for f in (
     Format("peft-0.19.1", "wrapper", "runtime", "0.19.1", peft=True),
     Format("peft-0.19.0", "wrapper", "runtime", "0.19.0", peft=True),
     Format("peft-0.18", "wrapper", "runtime", "0.18", peft=True),
+    Format("peft-separate", "apart", "runtime", "0.19.1", peft=True),
     Format("peft-per-expert", "expert", "hub", peft=True),
     Format("vllm", "expert", "hub", one_scale=True),
     Format("vllm-3d", "wrapper", "runtime", "input", one_scale=True),
@@ -119,6 +120,13 @@ def per_expert(family: Family) -> Mapping[str, Row]:
     return {role: layout.row(role) for role in ROLES}
 
 
+def leaf(family: Family, role: str, label: int) -> str:
+    """What one projection is called where each is stored by itself: gate_proj, w3."""
+    row = per_expert(family)[role]
+    index = tuple(0 if axis == "e" else label for axis in row.name_axes)
+    return name_of(row, index, {}).removesuffix(".weight").rpartition(".")[2]
+
+
 def _io(family: Family, role: str) -> tuple[str, str]:
     """The dims of a role's input and output; the output of `in` is a group in the family's order."""
     return ("d", f"({' '.join(family.order)})") if role == "in" else ("f", "d")
@@ -135,18 +143,19 @@ def rows(
 ) -> dict[str, Row]:
     """The rows of a format's kind, by role: `in.A`, `in.B`, `out.A`, `out.B`.
 
-    `faces` and `depth` (how many `base_layer.` a role's names have) matter to wrappers; `expert_major` is Unsloth's
+    `faces` and `depth` (how many `base_layer.` a role's names have) matter to wrappers; those of single projections
+    (`apart`) are the same rows with a `p` of 1, each at its own depth. `expert_major` is Unsloth's
     order of lora_B before its marker `lora_B_layout`; `weight` whether stacked names end in `.weight`.
     """
     text: dict[str, str] = {}
     for role in ROLES:
         i, o = _io(family, role)
-        if kind in ("wrapper", "wrapper3"):
+        if kind in ("wrapper", "wrapper3", "apart"):
             below = "base_layer." * depth.get(role, 0)
             first, second = (i, o) if faces == "input" else (o, i)
             a, b = ("A", "B") if faces == "input" else ("B", "A")
             fold = "(e r)" if expert_major else "(r e)"
-            flat = kind == "wrapper"
+            flat = kind != "wrapper3"
             text[f"{role}.{a}"] = f"{below}lora_A.weight {'(e r)' if flat else 'e r'} {first}"
             text[f"{role}.{b}"] = f"{below}lora_B.weight {second} {fold if flat else 'r e'}"
         elif kind == "native":

@@ -1,7 +1,8 @@
 """Which parameter a wrapper's tensors are for, and which side its `lora_A` faces: from shapes, siblings, then versions.
 
 PEFT's fused files turned round between 0.19.0 and 0.19.1 under the same names, and `experts.lora_A` is the outermost
-wrapper, whatever it wraps: the parameter registered last among those targeted (PEFT 0.18.1 to 0.21.2, measured). Shapes
+wrapper, whatever it wraps: the parameter registered last among those targeted (PEFT 0.18.1 to 0.21.2, measured). Gate and
+up may be one parameter or two; `target_parameters` say it. Shapes
 of all tensors of a module are judged together; what they leave open is decided by another module of the file, then by
 `peft_version`, then not at all: the error names the option that decides.
 """
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, get_args
 
 from restow.adapter_config import AdapterConfig
-from restow.adapter_formats import ROLES, Faces, Kind, era_of, faces_of, parameter, rows
+from restow.adapter_formats import Faces, Kind, era_of, faces_of, leaf, parameter, rows
 from restow.adapter_keys import Found
 from restow.errors import AdapterError, show
 from restow.family import Family
@@ -20,6 +21,7 @@ from restow.layout import solve_sizes
 from restow.notation import Row
 
 Shapes = Mapping[str, tuple[int, ...]]
+Unit = tuple[str, int | None]  # what one wrapper is around: a role, or one projection of it
 
 
 class Options(NamedTuple):
@@ -32,12 +34,14 @@ class Options(NamedTuple):
 
 
 class Wrappers(NamedTuple):
-    """The wrappers of one experts module: role -> (name of lora_A, name of lora_B), and each role's depth."""
+    """The wrappers of one experts module: by what is wrapped, (name of lora_A, name of lora_B), the depth, and the
+    parameter's full name."""
 
     path: str
     kind: Kind
-    names: Mapping[str, tuple[str, str]]
-    depth: Mapping[str, int]
+    names: Mapping[Unit, tuple[str, str]]
+    depth: Mapping[Unit, int]
+    parameters: Mapping[Unit, str]
 
 
 def wrapped_roles(
@@ -47,39 +51,64 @@ def wrapped_roles(
     """Which role each depth of a module's wrappers is for. Raises `AdapterError` where nothing says it."""
     by_depth = {f.spelled.depth: (f.names["out.A"][()], f.names["out.B"][()]) for f in found}
     kind: Kind = "wrapper" if len(shapes[by_depth[min(by_depth)][0]]) == 2 else "wrapper3"
-    order = (
-        ROLES if options.outer == "out" else tuple(reversed(ROLES))
-    )  # as registered: the last one is outermost
-    targets = config.names("target_parameters")
-    asked = [r for r in order if any(_ends(f"{path}.{parameter(family, r)}", t) for t in targets)]
-    if sorted(by_depth) != list(range(len(by_depth))) or len(by_depth) > len(ROLES):
+    most = len(family.labels) + 1
+    if sorted(by_depth) != list(range(len(by_depth))) or len(by_depth) > most:
         raise AdapterError(
-            f"one wrapper for each parameter of {show(path)}, at most {len(ROLES)}",
+            f"one wrapper for each parameter of {show(path)}, at most {most}",
             f"wrappers at depths {sorted(by_depth)}",
             tensor=by_depth[max(by_depth)][0],
         )
-    if len(asked) == len(by_depth):
-        roles = asked
-    elif not asked and len(by_depth) == len(ROLES):
-        roles = list(order)
-    elif not asked and len(by_depth) == 1:
-        names = by_depth[0]
-        tries = [(r, Wrappers(path, kind, {r: names}, {r: 0})) for r in ROLES]
-        roles = [
-            r for r, w in tries if any(fits(w, f, config, family, shapes, sizes) for f in get_args(Faces))
-        ]
+    fused, apart = registered(path, family)
+    if options.outer != "out":  # registered the other way round: the last one is outermost
+        fused, apart = (dict(reversed(one.items())) for one in (fused, apart))
+    targets = config.names("target_parameters")
+    asked = [
+        {unit: name for unit, name in one.items() if any(_ends(name, t) for t in targets)}
+        for one in (fused, apart)
+    ]
+    units: Mapping[Unit, str] = {}
+    if not any(asked):
+        units = next((one for one in (fused, apart) if len(one) == len(by_depth)), {})
+        if len(by_depth) == 1:
+            tries = [{unit: name} for unit, name in fused.items()]
+            could = [
+                one
+                for one in tries
+                if any(
+                    fits(_wrappers(path, kind, one, by_depth), f, config, family, shapes, sizes)
+                    for f in get_args(Faces)
+                )
+            ]
+            units = could[0] if len(could) == 1 else {}
     else:
-        roles = []
-    if len(roles) != len(by_depth):
+        units = next((one for one in asked if len(one) == len(by_depth)), {})
+    if not units:
+        count = max(map(len, asked))
         raise AdapterError(
             f"target_parameters that say which parameter {show(by_depth[0][0])} is for",
-            f"{len(asked)} that match below {show(path)}" if asked else "none, and shapes that leave it open",
+            f"{count} that match below {show(path)}" if count else "none, and shapes that leave it open",
             path=config.path,
             tensor=by_depth[0][0],
             hint="write target_parameters into the config as the adapter was trained",
         )
-    depth = {role: len(roles) - 1 - i for i, role in enumerate(roles)}
-    return Wrappers(path, kind, {role: by_depth[depth[role]] for role in roles}, depth)
+    return _wrappers(path, "apart" if units.keys() & apart.keys() - fused.keys() else kind, units, by_depth)
+
+
+def registered(path: str, family: Family) -> tuple[dict[Unit, str], dict[Unit, str]]:
+    """The parameters of an experts module in the order in which they are registered: gate and up as one, and as two."""
+    out: dict[Unit, str] = {("out", None): f"{path}.{parameter(family, 'out')}"}
+    fused: dict[Unit, str] = {("in", None): f"{path}.{parameter(family, 'in')}"}
+    labels = range(len(family.labels)) if len(family.labels) > 1 else ()
+    apart: dict[Unit, str] = {("in", label): f"{path}.{leaf(family, 'in', label)}" for label in labels}
+    down: dict[Unit, str] = {("out", None): f"{path}.{leaf(family, 'out', 0)}"}
+    return {**fused, **out}, {**apart, **down} if apart else {}
+
+
+def _wrappers(
+    path: str, kind: Kind, units: Mapping[Unit, str], by_depth: Mapping[int, tuple[str, str]]
+) -> Wrappers:
+    depth = {unit: len(units) - 1 - i for i, unit in enumerate(units)}
+    return Wrappers(path, kind, {unit: by_depth[n] for unit, n in depth.items()}, depth, units)
 
 
 def fits(
@@ -92,17 +121,17 @@ def fits(
 ) -> bool:
     """Whether all tensors of a module agree with each other, and with the sizes known, if lora_A faces this side."""
     known = dict(sizes)
-    table = wrapper_rows(module, faces, family)
-    for role, pair in module.names.items():
-        of = dict(known)
+    for unit, pair in module.names.items():
+        of = {**known, "p": 1} if unit[1] is not None else dict(known)
         if "e" not in of:  # (e r) is one dim: without the number of experts the config's rank parts it
-            of["r"] = config.of(f"{module.path}.{parameter(family, role)}")[0]
-        for factor, row in ((f, table[f"{role}.{f}"]) for f in "AB"):
+            of["r"] = config.of(module.parameters[unit])[0]
+        table = wrapper_rows(module, unit, faces, family)
+        for factor, row in ((f, table[f"{unit[0]}.{f}"]) for f in "AB"):
             fresh = solve_sizes(row, shapes[stored(pair, factor, faces)], of)
             if fresh is None:
                 return False
             of.update(fresh)
-        known.update({axis: n for axis, n in of.items() if axis != "r"})
+        known.update({axis: n for axis, n in of.items() if axis not in ("r", "p")})
     return True
 
 
@@ -112,10 +141,11 @@ def stored(pair: tuple[str, str], factor: str, faces: Faces) -> str:
 
 
 def wrapper_rows(
-    module: Wrappers, faces: Faces, family: Family, expert_major: bool = False
+    module: Wrappers, unit: Unit, faces: Faces, family: Family, expert_major: bool = False
 ) -> dict[str, Row]:
-    """The rows of a module's wrappers."""
-    return rows(module.kind, family, faces=faces, depth=module.depth, expert_major=expert_major)
+    """The rows of one wrapper, by role."""
+    depth = {unit[0]: module.depth[unit]}
+    return rows(module.kind, family, faces=faces, depth=depth, expert_major=expert_major)
 
 
 def decide_faces(
@@ -173,7 +203,7 @@ def _no_fit(
 ) -> AdapterError:
     names = [name for pair in module.names.values() for name in pair]
     known = ", ".join(f"{axis} = {n}" for axis, n in sizes.items() if axis in "edfp")
-    ranks = {config.of(f"{module.path}.{parameter(family, role)}")[0] for role in module.names}
+    ranks = {config.of(name)[0] for name in module.parameters.values()}
     return AdapterError(
         f"tensors of {show(module.path)} that fit the base ({known}; rank {', '.join(map(str, sorted(ranks)))})",
         f"shape {list(shapes[names[0]])}",

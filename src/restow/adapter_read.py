@@ -91,7 +91,7 @@ def read_adapter(shapes: Shapes, config: AdapterConfig, base: Base, options: Opt
     pairs = reader.experts(by_name)
     if reader.errors:
         raise merged(reader.errors)
-    kinds = {path: found[0].spelled for path, found in by_name.experts.items()}
+    kinds = {path: found[0].spelled for path, found in by_name.experts.items()} | reader.apart
     return Adapter(config, tuple(pairs), tuple(plain), tuple(by_name.others), kinds, reader.faces)
 
 
@@ -102,6 +102,7 @@ class _Reader:
         self.shapes, self.config, self.base, self.options = shapes, config, base, options
         self.errors: list[RestowError] = []
         self.faces: Mapping[str, tuple[Faces, str]] = {}
+        self.apart: dict[str, Spelled] = {}  # modules whose gate and up have wrappers of their own
         marker = config.raw.get("lora_B_layout")
         said = options.expert_major
         self.expert_major = said if said is not None else marker == "grouped_by_expert"
@@ -161,20 +162,23 @@ class _Reader:
             )
             for m in wrappers:
                 pairs += self._wrapped(m, sizes[m.path])
+                if m.kind == "apart":
+                    self.apart[m.path] = Spelled("apart")
         except RestowError as error:
             self.errors.append(error)
         return pairs
 
     def _wrapped(self, module: Wrappers, sizes: Mapping[str, int]) -> list[Pair]:
         faces = self.faces[module.path][0]
-        table = wrapper_rows(module, faces, self.base.family, self.expert_major)
         pairs = []
         known = dict(sizes)
-        for role, names in module.names.items():
+        for unit, names in module.names.items():
+            role, label = unit
+            table = wrapper_rows(module, unit, faces, self.base.family, self.expert_major)
             a, b = stored(names, "A", faces), stored(names, "B", faces)
-            rank, alpha = self.config.of(f"{module.path}.{parameter(self.base.family, role)}")
-            pair = self._pair(module.path, role, None, table, {(): a}, {(): b}, known, rank, alpha)
-            known.update({axis: n for axis, n in pair.sizes.items() if axis != "r"})
+            rank, alpha = self.config.of(module.parameters[unit])
+            pair = self._pair(module.path, role, label, table, {(): a}, {(): b}, known, rank, alpha)
+            known.update({axis: n for axis, n in pair.sizes.items() if axis not in ("r", "p")})
             pairs.append(pair)
         return pairs
 

@@ -11,6 +11,7 @@ does not list, and every rejection shows the row with carets. Nothing here knows
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from restow.errors import NotationError
 
@@ -112,6 +113,7 @@ def dim_keys(dim: Dim) -> tuple[str, ...]:
     return tuple(str(factor) for factor in dim.factors)
 
 
+@lru_cache(maxsize=4096)
 def parse_row(text: str) -> Row:
     """Parse one row. Raises `NotationError` with the row and carets below the characters at fault."""
     fields = _fields(text)

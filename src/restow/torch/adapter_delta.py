@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import sqrt
+from typing import Any
 
 import torch
 
@@ -40,6 +41,11 @@ class Kept:
         self.lost += float((error.double() ** 2).sum())
         self.count += 1
 
+    def join(self, other: Kept) -> None:
+        self.delta, self.lost, self.count = (
+            self.delta + other.delta, self.lost + other.lost, self.count + other.count,
+        )  # fmt: skip
+
     @property
     def share(self) -> float:
         """The share of the delta's norm that is left: 1 is all of it, 0 none."""
@@ -52,6 +58,25 @@ class Book:
 
     roles: dict[str, Kept] = field(default_factory=dict)
     done: set[tuple[str, ...]] = field(default_factory=set)
+
+    def join(self, other: Book) -> None:
+        """Take over what another book, of another file, holds."""
+        for role, kept in other.roles.items():
+            self.roles.setdefault(role, Kept()).join(kept)
+        self.done |= other.done
+
+    def note(self) -> dict[str, object]:
+        """The book as JSON has it; `from_note` gives it back to the bit."""
+        roles = {role: [kept.delta, kept.lost, kept.count] for role, kept in self.roles.items()}
+        return {"roles": roles, "done": sorted(map(list, self.done))}
+
+    @classmethod
+    def from_note(cls, note: Mapping[str, Any]) -> Book:
+        """Raises `KeyError`, `TypeError` or `ValueError` for what is no note."""
+        roles = {
+            str(role): Kept(float(d), float(lost), int(n)) for role, (d, lost, n) in note["roles"].items()
+        }
+        return cls(roles, {tuple(map(str, key)) for key in note["done"]})
 
     def apply(self, role: str, key: tuple[str, ...], weight: torch.Tensor, delta: torch.Tensor) -> None:
         """Add a delta to a view of a weight, in place."""
@@ -202,5 +227,6 @@ def leaves(goal: Experts, tensor: torch.Tensor, first: int) -> Iterator[tuple[di
 def roles_text(roles: Mapping[str, Kept]) -> Sequence[str]:
     """A line for each role."""
     return [
-        f"{role}: {kept.count:,} deltas, {kept.share:.1%} of their norm kept" for role, kept in roles.items()
+        f"{role}: {kept.count:,} deltas, {kept.share:.1%} of their norm kept"
+        for role, kept in sorted(roles.items())
     ]

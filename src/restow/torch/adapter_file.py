@@ -64,6 +64,11 @@ class AdapterFile:
         return read_stamp(self.header.metadata)
 
     @property
+    def stamps(self) -> list[object]:
+        """What tells this adapter's tensors from another's: the file's identity."""
+        return list(self._source.stamp)
+
+    @property
     def size(self) -> int:
         return self.header.size
 

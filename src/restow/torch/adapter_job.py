@@ -28,16 +28,28 @@ from restow.adapter_emit import (
     target_parameters,
     written,
 )
-from restow.adapter_formats import FORMATS, Format, era_of, faces_of, parameter
+from restow.adapter_formats import FORMATS, Format, era_of, faces_of, leaf
 from restow.adapter_keys import PREFIX
+from restow.adapter_orient import registered
 from restow.adapter_read import Adapter, Pair, Plain
 from restow.adapter_stamp import Stamp, origin_of
 from restow.errors import AdapterError, show
 from restow.torch.adapter_factors import Get, exact, times, unfolded
-from restow.torch.adapter_write import Module, Original, arrange, fold, key_of, place_of, spell, wanted
+from restow.torch.adapter_write import (
+    Module,
+    Original,
+    arrange,
+    fold,
+    key_of,
+    parameter_of,
+    place_of,
+    spell,
+    wanted,
+)
 from restow.torch.dtypes import dtype_name
 
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+Held = dict[str, list[tuple[str, tuple[int, ...]]]]  # module path -> the roles and projections of its blocks
 
 
 @dataclass(frozen=True)
@@ -138,10 +150,12 @@ def make_job(
     folded: dict[str, float] = {}
     parts: dict[str, Any] = {}
     scale_keys: list[tuple[str, int, float]] = []
+    held: Held = {}
     for path, pairs in adapter.modules.items():
         module = arrange(pairs, get, fmt, base, config, stamp, original)
         for spelled in spell(module, fmt, base):
             specs += [(name, dtype_name(spelled.dtype), spelled.shape) for name in spelled.names]
+        held[path] = [(block.role, block.labels) for block in module.blocks]
         want += wanted(module, path, fmt, base, config)
         scale_keys += [(key_of(base, path, b.role, b.labels), b.rank, config.scale(b.rank, b.alpha))
                        for b in module.blocks]  # fmt: skip
@@ -171,7 +185,7 @@ def make_job(
             notes.append(
                 f"{len(mine)} modules have another scale than {one:g}; the ratio was multiplied into B"
             )
-    raw = _config(adapter, base, fmt, stamp, carry, want, installed, notes)
+    raw = _config(adapter, base, fmt, stamp, carry, want, held, installed, notes)
     first = next(iter(adapter.faces.values()), ("", ""))[0]
     kind = next(iter(adapter.kinds.values())).kind if adapter.kinds else "none"
     origin = stamp.origin or origin_of(config, kind, first, _one_scale_name(stamp))
@@ -240,7 +254,7 @@ def _carried(config: AdapterConfig, stamp: Stamp, fmt: Format) -> AdapterConfig:
 
 def _config(
     adapter: Adapter, base: Base, fmt: Format, stamp: Stamp, carry: AdapterConfig, want: list[Wanted],
-    installed: str | None, notes: list[str],
+    held: Held, installed: str | None, notes: list[str],
 ) -> Mapping[str, Any]:  # fmt: skip
     """The result's config: the first one of the chain where it says the same, else this one with what must change."""
     faces = str(faces_of(fmt.era, base.family)) if fmt.era else ""
@@ -249,18 +263,19 @@ def _config(
         raw = {k: v for k, v in adapter.config.raw.items() if k not in FIELDS} | dict(origin.fields)
         try:
             if says(adapter_config(raw), want):
-                return raw
+                return _dated(raw, fmt, installed)
         except AdapterError:
             pass
     said = scales(carry, want, fmt)
-    changes: dict[str, Any] = _targets(adapter, base, fmt)
-    if fmt.kind == "wrapper" and fmt.peft:
+    changes: dict[str, Any] = _targets(adapter, base, fmt, held)
+    if fmt.kind in ("wrapper", "apart") and fmt.peft:
         changes["peft_version"] = installed or VERSIONS.get(fmt.era, NEWEST)
         if adapter.config.raw.get("lora_dropout"):
             changes["lora_dropout"] = 0.0
             notes.append("lora_dropout is 0 here: PEFT has no dropout on parameters")
-    elif fmt.kind in ("wrapper", "wrapper3"):
-        changes["peft_version"] = NEWEST
+    elif fmt.kind in ("wrapper", "wrapper3"):  # a version that has lora_A face the same side
+        same = faces == faces_of("0.19.1", base.family)
+        changes["peft_version"] = NEWEST if same else VERSIONS["0.18"]
     raw = written(said, **changes)
     raw.pop("lora_B_layout", None)
     raw.pop("restow_layout", None)
@@ -269,9 +284,18 @@ def _config(
     return raw
 
 
-def _targets(adapter: Adapter, base: Base, fmt: Format) -> dict[str, Any]:
+def _dated(raw: dict[str, Any], fmt: Format, installed: str | None) -> dict[str, Any]:
+    """A first config as this format's: a version of another era would be a wrong one here."""
+    version = raw.get("peft_version")
+    era = era_of(version) if isinstance(version, str) else None
+    if fmt.peft and fmt.era and era not in (None, fmt.era):
+        raw["peft_version"] = installed or VERSIONS[fmt.era]
+    return raw
+
+
+def _targets(adapter: Adapter, base: Base, fmt: Format, held: Held) -> dict[str, Any]:
     """target_modules and target_parameters in the format's names."""
-    config, family = adapter.config, base.family
+    config = adapter.config
     given = config.names("target_parameters")
     weights = _by_weight(adapter, base, fmt)
     new = [f"{m}.weight" for m in weights if not any(_ends(f"{m}.weight", t) for t in given)]
@@ -280,13 +304,12 @@ def _targets(adapter: Adapter, base: Base, fmt: Format) -> dict[str, Any]:
     names: list[str] = []
     tails: list[str] = []
     leaves: list[str] = []
-    for path, pairs in adapter.modules.items():
+    for path, blocks in held.items():
         to, container = place_of(base, path, fmt)
-        for role in dict.fromkeys(p.role for p in pairs):
-            names.append(f"{to}.{parameter(family, role)}")
-            tails.append(f"{container}.{parameter(family, role)}")
-        for w in wanted_leaves(pairs, fmt, base):
-            leaves.append(w)
+        for role, labels in blocks:
+            names.append(f"{to}.{parameter_of(fmt, base, role, labels)}")
+            tails.append(f"{container}.{parameter_of(fmt, base, role, labels)}")
+            leaves += [leaf(base.family, role, label) for label in labels or (0,)]
     if fmt.kind in ("expert",):
         experts = _expert_entries(adapter, base, list(dict.fromkeys(leaves)))
         stay = [t for t in given if not any(_ends(n, t) for n in _parameters(adapter, base))]
@@ -296,7 +319,7 @@ def _targets(adapter: Adapter, base: Base, fmt: Format) -> dict[str, Any]:
     every = base.checkpoint is None or len(adapter.modules) == len(base.checkpoint.modules)
     counts = {tail: tails.count(tail) for tail in tails}
     every = every and len(set(counts.values())) <= 1
-    parameters = [*target_parameters(config, names, tails, every), *new]
+    parameters = [*target_parameters(config, names, tails, _parameters(adapter, base), every), *new]
     return {"target_modules": modules, "target_parameters": parameters}
 
 
@@ -311,12 +334,15 @@ def _by_weight(adapter: Adapter, base: Base, fmt: Format) -> list[str]:
     linear = {n.removesuffix(".weight") for n in base.canonical_weights}
     found = []
     for plain in adapter.plain:
-        module, leaf = plain.module, plain.module.rpartition(".")[2]
+        module, end = plain.module, plain.module.rpartition(".")[2]
         named = any(_ends(f"{module}.weight", t) for t in given)
         taken = (
-            fmt.kind == "wrapper" and fmt.era == "0.19.1" and leaf in RENAMED and len(base.family.labels) > 1
+            fmt.kind in ("wrapper", "apart")
+            and fmt.era == "0.19.1"
+            and end in RENAMED
+            and len(base.family.labels) > 1
         )
-        back = named and fmt.kind == "expert" and leaf in RENAMED and leaf != "gate"
+        back = named and fmt.kind == "expert" and end in RENAMED and end != "gate"
         known = base.checkpoint is None or base.family.canonical(module) in linear
         if (named and not back) or (taken and known):
             found.append(module)
@@ -324,24 +350,8 @@ def _by_weight(adapter: Adapter, base: Base, fmt: Format) -> list[str]:
 
 
 def _parameters(adapter: Adapter, base: Base) -> list[str]:
-    return [f"{path}.{parameter(base.family, role)}" for path in adapter.modules for role in ("in", "out")]
-
-
-def wanted_leaves(pairs: list[Pair], fmt: Format, base: Base) -> list[str]:
-    """The last segments of the per-expert modules of these roles."""
-    from restow.adapter_formats import per_expert
-    from restow.layout import name_of
-
-    found = []
-    for role in dict.fromkeys(p.role for p in pairs):
-        row = per_expert(base.family)[role]
-        count = len(row.labels.get("p", ("",)))
-        for label in range(count):
-            if role == "in" and not any(label in p.labels for p in pairs if p.role == "in"):
-                continue
-            index = tuple(0 if axis == "e" else label for axis in row.name_axes)
-            found.append(name_of(row, index, {}).removesuffix(".weight").rpartition(".")[2])
-    return found
+    both = (registered(path, base.family) for path in adapter.modules)
+    return list(dict.fromkeys(name for pair in both for one in pair for name in one.values()))
 
 
 def _expert_entries(adapter: Adapter, base: Base, leaves: list[str]) -> list[str]:
@@ -351,8 +361,8 @@ def _expert_entries(adapter: Adapter, base: Base, leaves: list[str]) -> list[str
     clash = {n.rpartition(".")[2] for n in linear - plain}
     count = max((p.sizes["e"] for p in adapter.pairs), default=0)
     found: list[str] = []
-    for leaf in leaves:
-        found += [leaf] if leaf not in clash else [f"experts.{e}.{leaf}" for e in range(count)]
+    for end in leaves:
+        found += [end] if end not in clash else [f"experts.{e}.{end}" for e in range(count)]
     return found
 
 

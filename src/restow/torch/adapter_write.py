@@ -15,7 +15,7 @@ import torch
 from restow.adapter_base import Base
 from restow.adapter_config import AdapterConfig, alpha_of
 from restow.adapter_emit import Wanted
-from restow.adapter_formats import CANON, Format, faces_of, one_label, parameter, rows
+from restow.adapter_formats import CANON, Format, faces_of, leaf, one_label, parameter, rows
 from restow.adapter_keys import PREFIX
 from restow.adapter_read import Pair, alias_names
 from restow.adapter_stamp import Place, Stamp
@@ -92,7 +92,7 @@ def arrange(
     originals: dict[str, torch.Tensor] = {}
     keep: tuple[tuple[Place, ...], int] | None = known
     to, _ = place_of(base, path, fmt)
-    if fmt.kind in ("expert", "outer"):
+    if fmt.kind in ("expert", "outer", "apart"):
         ins, cut = _apart(ins, known, rslora)
         ins = [back.unfold(block) for block in ins]
         if outs and cut and outs[0].rank == cut:
@@ -237,12 +237,10 @@ class Spelled:
 def spell(module: Module, fmt: Format, base: Base) -> list[Spelled]:
     """Every factor of a module in a format."""
     family = base.family
-    roles = {block.role for block in module.blocks}
-    depth = {"in": 1 if "out" in roles else 0, "out": 0}
     faces = faces_of(fmt.era, family) if fmt.era else "input"
-    table = rows(fmt.kind, family, faces=faces, depth=depth)
     found = []
-    for block in module.blocks:
+    for depth, block in zip(reversed(range(len(module.blocks))), module.blocks, strict=True):
+        table = rows(fmt.kind, family, faces=faces, depth={block.role: depth})
         for factor in ("A", "B"):
             row = table[f"{block.role}.{factor}"]
             if "p" in row.labels:
@@ -271,19 +269,25 @@ def wanted(module: Module, source: str, fmt: Format, base: Base, config: Adapter
         scale = config.scale(block.rank, block.alpha)
         if fmt.kind == "expert":
             row = one_label(rows("expert", family)[f"{block.role}.A"], (block.labels or (0,))[0])
-            leaf = name_of(replace_number(row), (0,) * (len(row.name_axes) - 1), {}).removesuffix(
+            end = name_of(replace_number(row), (0,) * (len(row.name_axes) - 1), {}).removesuffix(
                 ".lora_A.weight"
             )
-            names = tuple(f"{module.path}.{e}.{leaf}" for e in block.experts)
-            found.append(Wanted(names, rf"{container}\..*\.{leaf}", block.rank, scale))
+            names = tuple(f"{module.path}.{e}.{end}" for e in block.experts)
+            found.append(Wanted(names, rf"{container}\..*\.{end}", block.rank, scale))
             continue
-        name = parameter(family, block.role)
-        if fmt.kind in ("wrapper", "wrapper3"):
+        name = parameter_of(fmt, base, block.role, block.labels)
+        if fmt.kind in ("wrapper", "wrapper3", "apart"):
             found.append(Wanted((f"{module.path}.{name}",), f"{container}.{name}", block.rank, scale))
         else:
             names = tuple(alias_names(module.path, block.role, block.labels or None, base))
             found.append(Wanted(names, f"{container}.{name}", block.rank, scale, True))
     return found
+
+
+def parameter_of(fmt: Format, base: Base, role: str, labels: Sequence[int]) -> str:
+    """The stacked parameter that a block is for: where projections have parameters of their own, the block's."""
+    apart = fmt.kind == "apart" and len(base.family.labels) > 1
+    return leaf(base.family, role, (*labels, 0)[0]) if apart else parameter(base.family, role)
 
 
 def replace_number(row: Row) -> Row:
