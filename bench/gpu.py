@@ -1,8 +1,10 @@
 """One CUDA device: how fast a checkpoint in the page cache goes into packed grouped parameters, against limits and peers.
 
-    python bench/gpu.py [--layers 4] [--save]
+    python bench/gpu.py [--layers 4] [--threads 8 16] [--save FILE]
 
 Prints one table of rates and ratios, checks every value, and exits 1 if a peer could not be measured or a bar is missed.
+A second table takes the load apart, by the same plan and slots: what comes before the first read, the pump with only its
+reads, only its raw copies, only its launches, in pairs, and all of it, with the kernel and with torch's copies alone.
 Peers: safetensors' own loader to the device, torch DCP's Hugging Face reader into strided views. Limits: pinned copies
 host to device, page cache to pinned memory, copies on the device.
 """
@@ -19,8 +21,10 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -138,6 +142,72 @@ def cache_to_pinned(folder: Path, threads: int) -> float:
     return sum(f.stat().st_size for f in files) / timed(run, 3) / 1e9
 
 
+def apart(
+    folder: Path, opened: Any, state: dict[str, torch.Tensor], counts: Sequence[int]
+) -> list[tuple[str, float]]:
+    """Milliseconds of each stage of a load."""
+    import restow
+    from restow.torch import device, slotwork
+    from restow.torch.read import _Files
+
+    def seconds(call: Callable[[], object]) -> float:
+        return timed(call, 5) * 1000
+
+    class Part(device.Streams):
+        """The lane without what is not named; tables always travel, since the kernel writes where they say."""
+
+        stages: Collection[str] = ()
+
+        def send(self, slot: int, size: int) -> None:
+            first = 0 if "send" in self.stages else max(0, size - (64 << 10))
+            with torch.cuda.stream(self._sending):
+                self._sending.wait_event(self._done[slot])
+                self.there[slot][first:size].copy_(self.host[slot][first:size], non_blocking=True)
+                self._gone[slot].record(self._sending)
+
+        def move(self, slot: int, work: Callable[[], None]) -> None:
+            super().move(slot, work if "launch" in self.stages else lambda: None)
+
+    plan = restow.plan(opened, state)
+    rows = [("plan", seconds(lambda: restow.plan(opened, state)))]
+    lane = Part(torch.device("cuda", torch.cuda.current_device()))
+    jobs = {}
+    for name, worth in (("kernel", 0), ("torch", 1 << 60)):
+        jobs[name] = job = slotwork.prepared(plan, state, lane.there, worth)
+        rows.append(
+            (
+                f"slots and tables, {name}",
+                seconds(lambda w=worth: slotwork.prepared(plan, state, lane.there, w)),
+            )
+        )
+        launches = sum(len(w.launches) + len(w.runs) for w in job.work)
+        rows.append((f"(launches, {name})", float(launches)))
+        rows.append((f"(of them the kernel's, {name})", float(sum(len(w.launches) for w in job.work))))
+    with ExitStack() as stack:
+        read = device.filling(_Files(stack, str(folder), {}))
+
+        def nothing(pieces: Sequence[tuple[str, int, int, int]], slot: memoryview) -> int:
+            return sum(piece[2] for piece in pieces)
+
+        for threads in counts:
+            for words in (
+                "read",
+                "send",
+                "launch",
+                "read send",
+                "send launch",
+                "read launch",
+                "read send launch",
+            ):
+                for name in ("kernel", "torch") if "launch" in words else ("kernel",):
+                    lane.stages, fill = words.split(), read if "read" in words else nothing
+                    took = seconds(lambda: device.pump(jobs[name], lane, fill, threads))  # noqa: B023 - called here
+                    rows.append(
+                        (f"pump: {words}{f', {name}' if 'launch' in words else ''}, {threads} threads", took)
+                    )
+    return rows
+
+
 def dcp_load(folder: Path, state: dict[str, torch.Tensor], threads: int) -> None:
     """torch DCP's reader into per-expert strided views of the grouped tensors."""
     import torch.distributed.checkpoint as dcp
@@ -164,6 +234,7 @@ def main() -> int:
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--peers", type=int, default=1)
+    options.add_argument("--threads", type=int, nargs="+", default=[8, 12, 16])
     options.add_argument("--save", type=Path)
     words = options.parse_args()
     import restow
@@ -186,7 +257,7 @@ def main() -> int:
     extra = (torch.cuda.max_memory_allocated() - before) >> 20
     check(state, words.layers)
     assert report.bytes_read == total
-    for count in (4, 6, 8, 12, threads):
+    for count in words.threads:
         seconds = timed(lambda n=count: restow.load(opened, state, threads=n), words.repeats)
         rows.append((f"restow.load, split -> packed grouped, {count} threads", total / seconds / 1e9))
     best = max(rate for _, rate in rows)
@@ -206,6 +277,13 @@ def main() -> int:
             f"{total / 1e9:.2f} GB in {words.layers} files, page cache warm, {default_threads()} default threads",
             "", "| what | GB/s | restow is |", "|---|---|---|"]  # fmt: skip
     text += [f"| {what} | {rate:.1f} | {best / rate:.2f} x |" for what, rate in rows]
+    stages = apart(folder, opened, state, words.threads)
+    check(state, words.layers)
+    text += ["", "| stage | ms | GB/s |", "|---|---|---|"]
+    text += [
+        f"| {what} | {took:.1f} | {'' if what[0] == '(' else f'{total / took / 1e6:.1f}'} |"
+        for what, took in stages
+    ]
     text += ["", f"extra memory on the device while loading: {extra} MiB"]
     peers = dict(rows)
     bars = [("at least 30 GB/s", best >= 30), ("at most 256 MiB extra", extra <= 256)]

@@ -15,7 +15,7 @@ from restow.checkpoint import Checkpoint, survey
 from restow.codec import Announced, read_codec
 from restow.errors import ConfigError, RestowError, UnsupportedFamilyError, show
 from restow.family import Family
-from restow.folder import open_folder
+from restow.folder import Folder, open_folder
 from restow.judge import judge
 from restow.known import FAMILIES
 from restow.landing import layout_of
@@ -40,7 +40,13 @@ def open_checkpoint(
 
     Raises the file, index, pickle and rank errors of `restow.errors`; everything else is in `.problems`.
     """
-    folder = open_folder(path)
+    return read_as(open_folder(path), layout=layout, family=family)
+
+
+def read_as(
+    folder: Folder, *, layout: str | Layout | None = None, family: str | Family | None = None
+) -> Checkpoint:
+    """A folder whose headers were read as a checkpoint: see `open_checkpoint`."""
     problems = list(folder.problems)
     config: Mapping[str, Any] | None = None
     known = family_of(family)
@@ -105,4 +111,4 @@ def _unknown(model_type: object, config: Mapping[str, Any]) -> UnsupportedFamily
     )
 
 
-__all__ = ["Checkpoint", "family_of", "open_checkpoint"]
+__all__ = ["Checkpoint", "family_of", "open_checkpoint", "read_as"]

@@ -70,5 +70,9 @@ class Tensors(Mapping[str, Entry]):
             pieces.append(Piece(box, header.file, header.begins[row], header.ends[row]))
         return Entry(dtype, tensor.shape, tuple(sorted(pieces)))
 
+    def columns(self) -> tuple[Mapping[str, int], Mapping[str, Sharded]]:
+        """What was given beside the headers."""
+        return self._rows, self._sharded
+
     def __repr__(self) -> str:
         return f"<{len(self)} tensors in {len(self._headers)} files>"

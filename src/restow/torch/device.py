@@ -1,60 +1,53 @@
-"""Running a plan into the memory of a CUDA device: pinned slots filled by reader threads, moved on in order.
+"""Running a plan into the memory of a CUDA device: pinned slots filled by reader threads, moved on one by one.
 
-A fixed number of pinned host slots and as many on the device, allocated once a call. Threads read a slot's bytes, side by
-side; one stream copies them raw to the device slot, another writes them into the parameters' own storage, transposed or
-cast on the way by the device, one launch for a run of experts. Nothing else is allocated there. Sources in memory and
-host destinations are `read`'s, and rejected by `on_one_device`.
+A fixed number of pinned host slots and as many on the device, allocated once a call. Threads read shares of slots, side
+by side, from a list that was made before; one stream copies a full slot raw to the device, another writes its tiles into
+the parameters' own storage: transposes by one kernel driven by a table that travels in the slot, the rest by torch's own
+copies, one for a run of experts. Nothing else is allocated there. Sources in memory and host destinations are `read`'s,
+and rejected by `on_one_device`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import product
-from math import prod
-from typing import NamedTuple
+from itertools import count
+from queue import SimpleQueue
+from typing import Protocol
 
 import torch
 
-from restow.plans import Copy, Plan
-from restow.reads import spans
-from restow.torch.dtypes import torch_dtype
+from restow.plans import Plan
+from restow.torch.across import COLUMNS, launch
+from restow.torch.packing import Piece, Shape
 from restow.torch.raw import raw
 from restow.torch.read import Booked, Progress, _compare, _Files, _Ledger
-from restow.torch.strides import tile_axis
+from restow.torch.slotwork import Job, Run, prepared
 
 SLOTS = 4
 SLOT = 64 << 20  # bytes of one slot, on the host and on the device
-PIECE = 1 << 20  # bytes below which a slot is not divided among more threads
-ALIGN = 512
+
+Fill = Callable[[Sequence[Piece], memoryview], int]
 
 
-class Piece(NamedTuple):
-    """Bytes of a file and where they go in a slot."""
+class Lane(Protocol):
+    """The way of slots from the host to the device. Reader threads call `wait`, the calling thread all else."""
 
-    file: str
-    begin: int
-    length: int
-    at: int
+    host: list[torch.Tensor]
+    there: list[torch.Tensor]
 
+    def wait(self, slot: int) -> None:
+        """Return when the host slot may be filled again."""
 
-class Shape(NamedTuple):
-    """What tiles of one pattern and target share: dtype, box, strides in the slot and in the destination."""
+    def send(self, slot: int, size: int) -> None:
+        """Bring the first bytes of the host slot to the device slot."""
 
-    target: int
-    dtype: torch.dtype
-    sizes: tuple[int, ...]
-    source: tuple[int, ...]
-    strides: tuple[int, ...]
+    def move(self, slot: int, work: Callable[[], None]) -> None:
+        """Do work that reads the device slot, after what was sent last."""
 
-
-class Load(NamedTuple):
-    """One slot's worth of work: reads, and by shape the (byte in the slot, element in the destination) of each tile."""
-
-    pieces: list[Piece]
-    tiles: dict[Shape, list[tuple[int, int]]]
-    size: int
+    def finish(self) -> None:
+        """Return when all is done."""
 
 
 def on_one_device(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -77,246 +70,198 @@ def run_on_device(
     stamps: Mapping[str, tuple[int, ...]],
     threads: int,
     progress: Progress | None = None,
+    lane: Callable[[torch.device], Lane] | None = None,
 ) -> Booked:
-    """Run a plan whose targets all lie on one CUDA device; like `read.run_plan` in all else."""
+    """Run a plan whose targets all lie on one device; like `read.run_plan` in all else."""
+    device = tensors[plan.targets[plan.copies[0].target].name].device
     with ExitStack() as stack:
         files = _Files(stack, root, stamps)
+        way = (lane or Streams)(device)
+        job = prepared(plan, tensors, way.there)
         ledger = _Ledger()
-        ledger.book(*_pump(plan, tensors, files, threads, progress))
+        ledger.book(*pump(job, way, filling(files), threads, progress))
         files.check()
     return Booked(ledger.read, _compare(plan, ledger))
 
 
-def loads(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[Load]:
-    """The plan's copies cut into tiles and packed into slots, in the order of the files; neighbours are one read."""
-    pieces: list[Piece] = []
-    tiles: dict[Shape, list[tuple[int, int]]] = {}
-    size, file, end = 0, "", -1  # bytes of the slot in use, and where in which file its last read ends
-    for reads, need, parts in _tiles(plan, tensors):
-        first = reads[0]
-        joined = first.begin == end and first.file == file
-        at = size if joined else -(-size // ALIGN) * ALIGN + first.begin % ALIGN
-        if at + need > SLOT and pieces:
-            yield Load(pieces, tiles, size)
-            pieces, tiles, joined = [], {}, False
-            at = first.begin % ALIGN
-        if joined:
-            pieces[-1] = pieces[-1]._replace(length=pieces[-1].length + first.length)
-            reads = reads[1:]
-        for piece in reads:
-            pieces.append(Piece(piece.file, piece.begin, piece.length, piece.at + at))
-        for shape, to in parts:
-            places = tiles.get(shape)
-            if places is None:
-                places = tiles[shape] = []
-            places.append((at, to))
-        size = at + need
-        last = pieces[-1]
-        file, end = last.file, last.begin + last.length if last.at + last.length == size else -1
-    if pieces:
-        yield Load(pieces, tiles, size)
+def filling(files: _Files) -> Fill:
+    """How a share is read."""
+
+    def fill(pieces: Sequence[Piece], slot: memoryview) -> int:
+        return sum(
+            files.get(file).preadv(begin, [slot[at : at + length]]) for file, begin, length, at in pieces
+        )
+
+    return fill
 
 
-Tiles = tuple[list[Piece], int, list[tuple[Shape, int]]]
+class _Turns:
+    """Which filling each host slot is at, and how much of it has arrived; between the readers and the caller."""
+
+    def __init__(self, job: Job, slots: int) -> None:
+        self.ready: SimpleQueue[int] = SimpleQueue()  # numbers of full slots; -1 when a reader has failed
+        self.errors: list[tuple[int, BaseException]] = []
+        self.read: list[int] = []
+        self._shares = [slot.shares for slot in job.packed.slots]
+        self._turn, self._arrived = list(range(slots)), [count(1) for _ in range(slots)]
+        self._changed, self._stopped = threading.Condition(), False
+
+    def mine(self, number: int) -> bool:
+        """Wait until filling `number` of its slot has its turn; whether there is anything left to do then."""
+        slot = number % len(self._turn)
+        if self._turn[slot] != number:
+            with self._changed:
+                while self._turn[slot] != number and not self._stopped:
+                    self._changed.wait()
+        return not self._stopped
+
+    def arrived(self, number: int, read: int) -> None:
+        self.read.append(read)
+        if next(self._arrived[number % len(self._turn)]) == self._shares[number]:
+            self.ready.put(number)
+
+    def sent(self, number: int) -> None:
+        """The slot is on its way: the next filling may begin once the device has it."""
+        slot = number % len(self._turn)
+        with self._changed:
+            self._arrived[slot] = count(1)
+            self._turn[slot] = number + len(self._turn)
+            self._changed.notify_all()
+
+    def fail(self, share: int, error: BaseException) -> None:
+        self.errors.append((share, error))
+        self.stop()
+        self.ready.put(-1)
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
 
 
-class _Kind(NamedTuple):
-    """What copies of one pattern into one target share."""
-
-    shape: Shape
-    offset: int
-    strides: tuple[int, ...]
-    size: int
-    simple: bool  # one read that fits a slot
-
-
-def _tiles(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[Tiles]:
-    """(reads, bytes in the slot, where each tile goes) of every tile of every copy; reads are relative to the tile."""
-    known: dict[tuple[int, int, str], _Kind] = {}
-    limit = SLOT - ALIGN
-    for batch in plan.batches():
-        part = plan.parts[batch[0].source]
-        kinds = []
-        for one in batch:
-            key = (one.pattern, one.target, part.dtype)
-            kind = known.get(key)
-            if kind is None:
-                kind = known[key] = _kind(plan, one, tensors[plan.targets[one.target].name], limit)
-            kinds.append(kind)
-        kind = kinds[0]
-        begin = part.begin + batch[0].at * kind.shape.dtype.itemsize
-        to = [k.offset + _dot(one.start, k.strides) for one, k in zip(batch, kinds, strict=True)]
-        if kind.simple:
-            tiles = [(k.shape, place) for k, place in zip(kinds, to, strict=True)]
-            yield [Piece(part.file, begin, kind.size, 0)], kind.size, tiles
-        else:
-            yield from _cut(part.file, begin, [k.shape for k in kinds], to, limit)
-
-
-def _kind(plan: Plan, copy: Copy, tensor: torch.Tensor, limit: int) -> _Kind:
-    sizes, steps, places = plan.patterns[copy.pattern]
-    dtype = torch_dtype(plan.parts[copy.source].dtype)
-    strides = tuple(step * tensor.stride(dim) for dim, step in places)
-    how, size = spans(sizes, steps, dtype.itemsize), prod(sizes) * dtype.itemsize
-    simple = how.outer == 0 and not how.rows and size <= limit
-    shape = Shape(copy.target, dtype, sizes, steps, strides)
-    return _Kind(shape, int(tensor.storage_offset()), tuple(tensor.stride()), size, simple)
-
-
-def _cut(
-    file: str,
-    begin: int,
-    shapes: Sequence[Shape],
-    to: Sequence[int],
-    limit: int,
-) -> Iterator[Tiles]:
-    """A copy that is larger than a slot or not one run of its file, tile by tile."""
-    sizes, steps = shapes[0].sizes, shapes[0].source
-    width = shapes[0].dtype.itemsize
-    how = spans(sizes, steps, width)
-    axis, length = tile_axis(sizes, width, how, shapes[0].strides, limit)
-    for index in product(*(range(n) for n in sizes[:axis])):
-        for first in range(0, sizes[axis] if sizes else 1, length):
-            place = (*index, first)[: len(sizes)]
-            box = (min(length, sizes[axis] - first), *sizes[axis + 1 :]) if sizes else ()
-            start = begin + width * _dot(place, steps)
-            if how.rows:
-                need = (box[0] - 1) * steps[axis] * width + how.run
-                reads, strides = [Piece(file, start, need, 0)], steps[axis:]
-            else:
-                loops = max(0, how.outer - axis)
-                run = width * prod(box[loops:])
-                reads = [
-                    Piece(file, start + width * _dot(i, steps[axis:]), run, n * run)
-                    for n, i in enumerate(product(*(range(k) for k in box[:loops])))
-                ]
-                need, strides = width * prod(box), _packed(box)
-            tiles = [
-                (
-                    Shape(one.target, one.dtype, box, strides, one.strides[axis:]),
-                    at + _dot(place, one.strides),
-                )
-                for one, at in zip(shapes, to, strict=True)
-            ]
-            yield reads, need, tiles
-
-
-def _pump(
-    plan: Plan,
-    tensors: Mapping[str, torch.Tensor],
-    files: _Files,
-    threads: int,
-    progress: Progress | None,
+def pump(
+    job: Job, lane: Lane, fill: Fill, threads: int, progress: Progress | None = None
 ) -> tuple[int, dict[int, int]]:
     """Fill, send and move slot after slot; the bytes read, and the elements written by target."""
-    names = [target.name for target in plan.targets]
-    device = tensors[names[plan.copies[0].target]].device
-    read, written, total = 0, dict[int, int](), plan.bytes
-    host = [torch.empty(SLOT, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
-    views = [raw(slot) for slot in host]
-    there = [torch.empty(SLOT, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-    sent, moved = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    moved.wait_stream(torch.cuda.current_stream(device))
-    left = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # host slot free again
-    taken = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # device slot free again
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(threads))
-        queue: list[tuple[int, Load, list[Future[int]]]] = []
-
-        def send() -> int:
-            slot, load, reads = queue.pop(0)
-            got = sum(future.result() for future in reads)
-            with torch.cuda.stream(sent):
-                sent.wait_event(taken[slot])
-                there[slot][: load.size].copy_(host[slot][: load.size], non_blocking=True)
-                left[slot].record(sent)
-            with torch.cuda.stream(moved):
-                moved.wait_event(left[slot])
-                for shape, places in load.tiles.items():
-                    _move(shape, places, there[slot], tensors[names[shape.target]])
-                    count = prod(shape.sizes) * len(places)
-                    written[shape.target] = written.get(shape.target, 0) + count
-                taken[slot].record(moved)
+    turns = _Turns(job, len(lane.host))
+    written = dict[int, int]()
+    taken = count()
+    views = [raw(slot) for slot in lane.host]
+    pool = [
+        threading.Thread(target=_reader, args=(job, lane, fill, turns, taken, views), daemon=True)
+        for _ in range(min(threads, len(job.packed.shares)))
+    ]
+    try:
+        for thread in pool:
+            thread.start()
+        for _ in job.packed.slots:
+            number = turns.ready.get()
+            if number < 0:
+                break
+            _move_on(job, lane, number, written)
+            turns.sent(number)
             if progress is not None:
-                progress(min(read + got, total), total)
-            return got
-
-        for number, load in enumerate(loads(plan, tensors)):
-            slot = number % SLOTS
-            if len(queue) == SLOTS:
-                read += send()
-            left[slot].synchronize()
-            shares = _shares(load.pieces, threads)
-            queue.append((slot, load, [pool.submit(_fill, files, part, views[slot]) for part in shares]))
-            while queue and all(future.done() for future in queue[0][2]):
-                read += send()
-        while queue:
-            read += send()
-    torch.cuda.current_stream(device).wait_stream(moved)
-    torch.cuda.synchronize(device)
-    return read, written
+                progress(sum(turns.read), job.size)
+    finally:
+        turns.stop()
+        for thread in pool:
+            if thread.ident is not None:
+                thread.join()
+        lane.finish()
+    if turns.errors:
+        raise min(turns.errors, key=lambda item: item[0])[1]
+    return sum(turns.read), written
 
 
-def _move(shape: Shape, places: Sequence[tuple[int, int]], slot: torch.Tensor, into: torch.Tensor) -> None:
-    """Tiles of one shape from the slot into the destination: one launch for every run at even distances."""
+def _reader(
+    job: Job, lane: Lane, fill: Fill, turns: _Turns, taken: Iterator[int], views: Sequence[memoryview]
+) -> None:
+    """One thread: share after share, in order, none of them another thread's."""
+    shares = job.packed.shares
+    for share in taken:
+        if share >= len(shares):
+            return
+        number, pieces = shares[share]
+        slot = number % len(views)
+        try:
+            if not turns.mine(number):
+                return
+            lane.wait(slot)
+            turns.arrived(number, fill(pieces, views[slot]))
+        except BaseException as error:
+            turns.fail(share, error)
+            return
+
+
+def _move_on(job: Job, lane: Lane, number: int, written: dict[int, int]) -> None:
+    """Send a full slot with its table behind it, and move its tiles."""
+    work, slot = job.work[number], number % len(lane.host)
+    size = job.packed.slots[number].size
+    tables = []
+    for what in work.launches:
+        size = -(-size // 16) * 16
+        rows = job.rows[what.first : what.last].view(-1)
+        lane.host[slot][size : size + rows.nbytes].copy_(rows.view(torch.uint8))
+        tables.append((size, what))
+        size += rows.nbytes
+    lane.send(slot, size)
+
+    def move() -> None:
+        there = lane.there[slot]
+        for at, what in tables:
+            table = there[at : at + (what.last - what.first) * COLUMNS * 8].view(torch.int64)
+            launch(table, what)
+        for run in work.runs:
+            shape = job.packed.shapes[run.shape]
+            _copy(run, shape, there, job.targets[shape.target])
+
+    lane.move(slot, move)
+    for target, elements in work.written.items():
+        written[target] = written.get(target, 0) + elements
+
+
+def _copy(run: Run, shape: Shape, slot: torch.Tensor, into: torch.Tensor) -> None:
+    """Tiles of one shape from the slot into the destination, in one launch."""
     width = shape.dtype.itemsize
     span = 1 + sum((n - 1) * stride for n, stride in zip(shape.sizes, shape.source, strict=True))
-    for first, count, step, far in runs(places):
-        at, to = places[first]
-        end = at + (count - 1) * step + span * width
-        box = slot[at:end].view(shape.dtype)
-        if count == 1:
-            source = box.as_strided(shape.sizes, shape.source)
-            into.as_strided(shape.sizes, shape.strides, to).copy_(source)
-            continue
-        source = box.as_strided((count, *shape.sizes), (step // width, *shape.source))
-        into.as_strided((count, *shape.sizes), (far, *shape.strides), to).copy_(source)
+    box = slot[run.at : run.at + (run.times - 1) * run.step + span * width].view(shape.dtype)
+    if run.times == 1:
+        source = box.as_strided(shape.sizes, shape.source)
+        into.as_strided(shape.sizes, shape.strides, run.to).copy_(source)
+        return
+    sizes, steps = (run.times, *shape.sizes), (run.step // width, *shape.source)
+    into.as_strided(sizes, (run.far, *shape.strides), run.to).copy_(box.as_strided(sizes, steps))
 
 
-def runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int]]:
-    """(first, count, step, far) of neighbours in `places` whose two numbers grow evenly, both upwards."""
-    first = 0
-    while first < len(places):
-        count, step, far = 1, 0, 0
-        if first + 1 < len(places):
-            step, far = (b - a for a, b in zip(places[first], places[first + 1], strict=True))
-            while step > 0 and far > 0 and first + count < len(places):
-                before, here = places[first + count - 1], places[first + count]
-                if (here[0] - before[0], here[1] - before[1]) != (step, far):
-                    break
-                count += 1
-        yield first, count, step, far
-        first += count
+class Streams:
+    """A CUDA device: pinned host slots, one stream for raw copies, one for what moves tiles."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.host = [torch.empty(SLOT, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
+        self.there = [torch.empty(SLOT, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        self._device = device
+        self._sending, self._moving = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        now = torch.cuda.current_stream(device)
+        self._sending.wait_stream(now)
+        self._moving.wait_stream(now)
+        self._gone = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # host slot free
+        self._done = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # device slot free
 
-def _shares(pieces: Sequence[Piece], threads: int) -> list[list[Piece]]:
-    """A slot's reads divided evenly among threads: as few calls as can be, each of which gives up the interpreter."""
-    share = max(PIECE, -(-sum(piece.length for piece in pieces) // threads))
-    shares: list[list[Piece]] = [[]]
-    room = share
-    for piece in pieces:
-        at = 0
-        while at < piece.length:
-            if not room:
-                shares.append([])
-                room = share
-            length = min(room, piece.length - at)
-            shares[-1].append(Piece(piece.file, piece.begin + at, length, piece.at + at))
-            at += length
-            room -= length
-    return shares
+    def wait(self, slot: int) -> None:
+        self._gone[slot].synchronize()
 
+    def send(self, slot: int, size: int) -> None:
+        with torch.cuda.stream(self._sending):
+            self._sending.wait_event(self._done[slot])
+            self.there[slot][:size].copy_(self.host[slot][:size], non_blocking=True)
+            self._gone[slot].record(self._sending)
 
-def _fill(files: _Files, pieces: Sequence[Piece], slot: memoryview) -> int:
-    read = 0
-    for piece in pieces:
-        read += files.get(piece.file).preadv(piece.begin, [slot[piece.at : piece.at + piece.length]])
-    return read
+    def move(self, slot: int, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._moving):
+            self._moving.wait_event(self._gone[slot])
+            work()
+            self._done[slot].record(self._moving)
 
-
-def _packed(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _dot(index: Sequence[int], steps: Sequence[int]) -> int:
-    return sum(i * step for i, step in zip(index, steps, strict=False))
+    def finish(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._moving)
+        torch.cuda.synchronize(self._device)

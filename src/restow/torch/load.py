@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from restow.checkpoint import Checkpoint, survey
 from restow.codecs import CODECS, rounds
@@ -42,6 +43,7 @@ from restow.torch.dtypes import narrows
 from restow.torch.execute import execute
 from restow.torch.read import Progress
 from restow.torch.storage import Into, Slots, named_as, slot_of, slots_of
+from restow.torch.team import Team
 from restow.torch.values import judge_scales
 
 Source = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
@@ -53,7 +55,8 @@ class LoadReport:
 
     `in_place` names the tensors that were written in their own storage; `staged` maps a name to why it was not;
     `narrowed` maps a name to the cast that lost precision; `unused` are source tensors without a place that were
-    allowed, `missing` destinations that were left as they were because that was allowed.
+    allowed, `missing` destinations that were left as they were because that was allowed. `bytes_taken` came from other
+    ranks of the group that was given; they are among those written.
     """
 
     bytes_read: int
@@ -66,6 +69,7 @@ class LoadReport:
     warnings: tuple[str, ...]
     seconds: float
     modules: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
+    bytes_taken: int = 0
 
     def __str__(self) -> str:
         rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
@@ -73,6 +77,8 @@ class LoadReport:
             f"{len(self.in_place):,} tensors filled in place: {self.bytes_read:,} bytes read, "
             f"{self.bytes_written:,} written, {self.seconds:.2f} s ({rate:.1f} GB/s)"
         ]
+        if self.bytes_taken:
+            lines.append(f"  {self.bytes_taken:,} of the bytes written were read by other ranks")
         for label, names in (("staged", self.staged), ("narrowed", self.narrowed)):
             lines += [f"  {label} {show(name)}: {why}" for name, why in list(names.items())[:3]]
             if len(names) > 3:
@@ -160,6 +166,7 @@ def load(
     allow_unused: Sequence[str] = (),
     allow_narrowed: Sequence[str] = (),
     threads: int | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: Progress | bool | None = None,
     strict: bool = False,
     check: bool = False,
@@ -171,22 +178,57 @@ def load(
     names and shapes if None. Raises before the first byte: `MissingTensorError`, `UnexpectedTensorError` (see
     `allow_missing`, `allow_unused`: `fnmatch` patterns over full names), `ShapeMismatchError`, `PrecisionError`
     (a cast that narrows an exact row, unless `allow_narrowed` names it), `AmbiguousLayoutError`, and what `open` finds fatal.
+
+    With `group`, all of whose ranks must call, the first rank of a machine reads the headers for it, and what several
+    ranks hold alike is read by one of them and handed on; an error of one is raised on all (`PeerFailedError`).
     """
+    words = _Words(layout, family, rename, shard, experts, part, allow_missing, allow_unused,
+                   allow_narrowed, threads, progress, strict, check)  # fmt: skip
+    if group is None:
+        return _load(source, into, words, None)
+    team = Team(group)
+    with team.attempt():
+        return _load(source, into, words, team)
+
+
+class _Words(NamedTuple):
+    """The caller's words to `load`."""
+
+    layout: str | Layout | None
+    family: str | Family | None
+    rename: Rename
+    shard: Shard | None
+    experts: Experts
+    part: bool
+    allow_missing: Sequence[str]
+    allow_unused: Sequence[str]
+    allow_narrowed: Sequence[str]
+    threads: int | None
+    progress: Progress | bool | None
+    strict: bool
+    check: bool
+
+
+def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadReport:
     started = time.perf_counter()
-    known = family_of(family)
-    check_rename(rename)
-    opened = as_checkpoint(source, known)
-    slots = named_as(slots_of(into), _known_to(opened, known, rename))
-    wish = wish_of(slots, layout, known, rename, shard, experts, part)
+    known = family_of(words.family)
+    check_rename(words.rename)
+    if team is not None and isinstance(source, str | os.PathLike):
+        opened = team.opened(source, known)
+    else:
+        opened = as_checkpoint(source, known)
+    threads = words.threads if words.threads is not None or team is None else min(8, team.threads)
+    slots = named_as(slots_of(into), _known_to(opened, known, words.rename))
+    wish = wish_of(slots, words.layout, known, *words[2:6])
     made = make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
-    missing = _allowed(made.missing, allow_missing, "allow_missing", _missing_error(opened))
-    unused = _judge_unused(made, slots, opened, wish, allow_unused)
-    narrowed = _narrowed(made, opened, allow_narrowed)
+    missing = _allowed(made.missing, words.allow_missing, "allow_missing", _missing_error(opened))
+    unused = _judge_unused(made, slots, opened, wish, words.allow_unused)
+    narrowed = _narrowed(made, opened, words.allow_narrowed)
     warnings = [str(problem.error) for problem in opened.problems if not problem.fatal]
-    if strict and warnings:
+    if words.strict and warnings:
         raise merged([problem.error for problem in opened.problems if not problem.fatal])
     scales = judge_scales(opened, threads) if opened.codec is not None and opened.path is not None else ()
-    if refused := [problem.error for problem in scales if problem.fatal or strict]:
+    if refused := [problem.error for problem in scales if problem.fatal or words.strict]:
         raise merged(refused)
     warnings += [str(problem.error) for problem in scales]
     tied = [name for name in made.unused if name in slots.aliases]
@@ -197,24 +239,27 @@ def load(
         warnings.append(
             f"not filled, since no checkpoint holds them: buffers {', '.join(slots.buffers[:20])}"
         )
+    tensors = {name: slot.local for name, slot in slots.slots.items()}
+    mine = team.assigned(made, tensors) if team is not None else made
     booked = execute(
-        made,
-        {name: slot.local for name, slot in slots.slots.items()},
+        mine,
+        tensors,
         root=opened.path,
         memory=source if isinstance(source, Mapping) else None,
         stamps=opened.stamps,
         threads=threads,
-        progress=_bar() if progress is True else (progress or None),
+        progress=_bar() if words.progress is True else (words.progress or None),
     )
+    taken = team.hand_on(made, tensors) if team is not None else 0
     filled = {made.targets[copy.target].name for copy in made.copies}
-    if check:
+    if words.check:
         told = _checked(opened, slots, wish, made, source if isinstance(source, Mapping) else None, threads)
-        if strict and told:
+        if words.strict and told:
             raise merged([problem.error for problem in told])
         warnings += [str(problem.error) for problem in told]
     return LoadReport(
         bytes_read=booked.bytes_read,
-        bytes_written=booked.bytes_written,
+        bytes_written=booked.bytes_written + taken,
         in_place=tuple(name for name in slots.slots if name in filled),
         staged=MappingProxyType({}),
         narrowed=MappingProxyType(narrowed),
@@ -223,6 +268,7 @@ def load(
         warnings=tuple(warnings),
         seconds=time.perf_counter() - started,
         modules=made.layouts,
+        bytes_taken=taken,
     )
 
 

@@ -135,8 +135,19 @@ def run_plan(
 
 
 def default_threads() -> int:
-    """Cores that this process may use, at most 8: more readers do not make one file system faster."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Cores for each process of this machine's job, at most 8: more readers do not make one file system faster."""
+    return max(1, min(8, cores() // local_ranks()))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_ranks() -> int:
+    """Processes of this job on this machine, as its launcher says, without a word between them."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(said) if said.isdecimal() and int(said) and torch.distributed.is_initialized() else 1
 
 
 def _compare(plan: Plan, ledger: _Ledger) -> int:

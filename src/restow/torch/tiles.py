@@ -24,13 +24,13 @@ def move(dst: torch.Tensor, src: torch.Tensor) -> None:
     if src.dtype != dst.dtype:
         src = src.to(dst.dtype)
     axes = simplified(src.shape, src.stride(), dst.stride())
-    pair = _transposed(axes)
+    pair = transposed(axes)
     if pair is None:
         _copy(_view(dst, axes, 2), _view(src, axes, 1))
         return
     rows, cols = axes[pair], axes[-1]
     outer = [axis for i, axis in enumerate(axes) if i not in (pair, len(axes) - 1)]
-    for at, to in _offsets(outer):
+    for at, to in offsets(outer):
         tile = src.as_strided((rows[0], cols[0]), (rows[1], cols[1]), src.storage_offset() + at)
         into = dst.as_strided((rows[0], cols[0]), (rows[2], cols[2]), dst.storage_offset() + to)
         copy_transposed(into, tile if tile.is_contiguous() else _contiguous(tile))
@@ -77,7 +77,7 @@ def simplified(sizes: Sequence[int], source: Sequence[int], target: Sequence[int
     return joined
 
 
-def _transposed(axes: Axes) -> int | None:
+def transposed(axes: Axes) -> int | None:
     """Which axis is contiguous in the destination, where that is another than the source's; None where none is."""
     if len(axes) < 2 or axes[-1][1] != 1 or axes[-1][2] == 1:
         return None
@@ -93,7 +93,7 @@ def _view(tensor: torch.Tensor, axes: Axes, which: int) -> torch.Tensor:
     )
 
 
-def _offsets(axes: Axes) -> list[tuple[int, int]]:
+def offsets(axes: Axes) -> list[tuple[int, int]]:
     found = [(0, 0)]
     for n, a, b in axes:
         found = [(at + i * a, to + i * b) for at, to in found for i in range(n)]

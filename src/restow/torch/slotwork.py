@@ -1,0 +1,139 @@
+"""What a pump of slots does, decided before its first read: launches and copies of every slot, and the kernel's tables.
+
+Transposes without a cast become rows of a table for one launch a slot; everything else is torch's copy, one for a run of
+like tiles at even distances. It moves no data and rejects nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from restow.plans import Plan
+from restow.torch.across import COLUMNS, Launch, Matrix, launches, matrix_of, usable
+from restow.torch.packing import Ints, Packed, packed
+
+TABLE = 1 << 20  # bytes of a slot that are kept for the table of its transposes
+WORTH = 1 << 30  # bytes of a plan from which on a kernel is worth its compilation, a second where it is new
+
+
+class Run(NamedTuple):
+    """Tiles of one shape at even distances: the first one's places, how many, byte and element from one to the next."""
+
+    shape: int
+    at: int
+    to: int
+    times: int
+    step: int
+    far: int
+
+
+class Work(NamedTuple):
+    """What is left to do with a slot that has arrived: launches of the kernel, copies of torch's, elements by target."""
+
+    launches: list[Launch]
+    runs: list[Run]
+    written: dict[int, int]
+
+
+class Job(NamedTuple):
+    """All that a pump does, decided before: the packed plan, the work of each slot, the rows of all tables."""
+
+    packed: Packed
+    work: list[Work]
+    rows: torch.Tensor
+    targets: list[torch.Tensor]
+    size: int  # bytes that are read in all
+
+
+def prepared(
+    plan: Plan, tensors: Mapping[str, torch.Tensor], there: Sequence[torch.Tensor], worth: int = WORTH
+) -> Job:
+    """Everything that can be decided before the first read; `there` are the device slots."""
+    box = packed(plan, tensors, there[0].numel() - TABLE)
+    targets = [tensors[t.name] if t.name in tensors else torch.empty(0) for t in plan.targets]
+    size = sum(length for share in box.shares for _, _, length, _ in share.pieces)
+    matrices = [
+        matrix_of(shape.sizes, shape.source, shape.strides)
+        if size >= worth
+        and shape.dtype == targets[shape.target].dtype
+        and usable(there[0].device, shape.dtype.itemsize)
+        else None
+        for shape in box.shapes
+    ]
+    base = np.array([slot.data_ptr() for slot in there], np.int64)
+    home = [targets[shape.target].untyped_storage().data_ptr() for shape in box.shapes]
+    counts = np.array([len(m.places) if m is not None else 0 for m in matrices], np.int64)
+    slot_of = np.repeat(np.arange(len(box.slots)), [slot.last - slot.first for slot in box.slots])
+    rows_of = np.bincount(slot_of, counts[box.shape], len(box.slots))  # a table that is too long is none
+    ours = (counts[box.shape] > 0) & (rows_of[slot_of] * COLUMNS * 8 <= TABLE)
+    tiles = np.flatnonzero(ours)
+    rows, widths, keys = _table(box, matrices, tiles, home, base[slot_of[tiles] % len(there)], slot_of)
+    mine: list[list[Launch]] = [[] for _ in box.slots]
+    for one in launches(rows, widths, keys):
+        mine[int(keys[one.first])].append(one)
+    runs: list[list[Run]] = [[] for _ in box.slots]
+    for number, found in _runs(box, np.flatnonzero(~ours), slot_of):
+        runs[number].append(found)
+    work = [Work(mine[i], runs[i], _written(box, slot.first, slot.last)) for i, slot in enumerate(box.slots)]
+    return Job(box, work, torch.from_numpy(rows), targets, size)
+
+
+def _table(
+    box: Packed,
+    matrices: Sequence[Matrix | None],
+    tiles: Ints,
+    home: Sequence[int],
+    base: Ints,
+    slot_of: Ints,
+) -> tuple[Ints, Ints, Ints]:
+    """The rows of all transposes, slot by slot and by width in each; their widths, and their slots."""
+    kinds = []
+    for shape, matrix, to in zip(box.shapes, matrices, home, strict=True):
+        width = shape.dtype.itemsize
+        places = matrix.places if matrix is not None else []
+        sizes = matrix[:4] if matrix is not None else ()
+        kinds.append([(a * width, to + b * width, *sizes, width) for a, b in places])
+    counts = np.array([len(kind) for kind in kinds], np.int64)
+    flat = np.array([row for kind in kinds for row in kind], np.int64).reshape(-1, COLUMNS + 1)
+    many = counts[box.shape[tiles]]
+    tile = np.repeat(np.arange(len(tiles)), many)
+    number = np.arange(len(tile)) - np.repeat(np.cumsum(many) - many, many)
+    rows = flat[(np.cumsum(counts) - counts)[box.shape[tiles]][tile] + number]
+    widths = rows[:, -1]
+    rows[:, 0] += base[tile] + box.at[tiles][tile]
+    rows[:, 1] += box.to[tiles][tile] * widths
+    keys = slot_of[tiles][tile]
+    order = np.lexsort((widths, keys))
+    return np.ascontiguousarray(rows[order, :COLUMNS]), widths[order], keys[order]
+
+
+def _written(box: Packed, first: int, last: int) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for i, times in enumerate(np.bincount(box.shape[first:last]).tolist()):
+        if times:
+            shape = box.shapes[i]
+            found[shape.target] = found.get(shape.target, 0) + times * prod(shape.sizes)
+    return found
+
+
+def _runs(box: Packed, tiles: Ints, slot_of: Ints) -> Iterator[tuple[int, Run]]:
+    """(slot, run) of tiles that torch copies: neighbours of one shape whose two places grow evenly, both upwards."""
+    order = tiles[np.lexsort((tiles, box.shape[tiles], slot_of[tiles]))]
+    columns = (slot_of[order], box.shape[order], box.at[order], box.to[order])
+    now: tuple[int, int] = -1, -1
+    run = Run(-1, 0, 0, 0, 0, 0)
+    for slot, shape, at, to in zip(*(column.tolist() for column in columns), strict=True):
+        step, far = at - run.at - (run.times - 1) * run.step, to - run.to - (run.times - 1) * run.far
+        if now == (slot, shape) and step > 0 and far > 0 and (run.times == 1 or (step, far) == run[4:]):
+            run = Run(shape, run.at, run.to, run.times + 1, step, far)
+            continue
+        if run.times:
+            yield now[0], run
+        now, run = (slot, shape), Run(shape, at, to, 1, 0, 0)
+    if run.times:
+        yield now[0], run

@@ -1,0 +1,351 @@
+"""The pump of slots, on a lane of plain memory: what arrives, in whose turn, what is raised; the kernel, interpreted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import restow
+from moe import Model, Tensors, differing, painted
+from restow.errors import IntegrityError, TruncatedFileError
+from restow.plans import Plan
+from restow.torch import device, slotwork
+from restow.torch.across import WORD, launches, matrix_of
+from restow.torch.packing import ALIGN, SHARE, Packed, Piece, packed
+from restow.torch.read import run_plan
+
+ROOM = 4096  # bytes of data that a slot of these tests takes
+SMALL = Model(e=5, f=6, d=10)
+
+
+class Memory:
+    """Slots in plain memory. A host slot is spoilt as soon as it was sent, and a device slot before each sending."""
+
+    def __init__(self, where: torch.device, slots: int = 3) -> None:
+        size = slotwork.TABLE + ROOM
+        self.host = [torch.full((size,), 0x7E, dtype=torch.uint8, device=where) for _ in range(slots)]
+        self.there = [torch.zeros(size, dtype=torch.uint8, device=where) for _ in range(slots)]
+        self.waits, self.sent, self.calls = [0] * slots, [0] * slots, threading.local()
+        self.finished = 0
+
+    def wait(self, slot: int) -> None:
+        self.waits[slot] += 1
+
+    def send(self, slot: int, size: int) -> None:
+        assert size <= len(self.host[slot])
+        self.there[slot].fill_(0x7D)
+        self.there[slot][:size].copy_(self.host[slot][:size])
+        self.host[slot][:ROOM].fill_(0x7E)
+        self.sent[slot] += 1
+
+    def move(self, slot: int, work: Callable[[], None]) -> None:
+        work()
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def opened(folder: Path, src: str = "split", model: Model = SMALL) -> restow.Checkpoint:
+    return restow.open(model.written(folder, src))
+
+
+def blank(plan: Plan, dtype: torch.dtype) -> Tensors:
+    return {
+        t.name: torch.full(t.local_shape, -1, dtype=dtype if "experts" in t.name else torch.bfloat16)
+        for t in plan.targets
+    }
+
+
+def both(plan: Plan, source: restow.Checkpoint, dtype: torch.dtype, threads: int = 3) -> tuple[Any, Any]:
+    """(what the pump left and booked, what the plain executor left and booked)."""
+    found, wanted = blank(plan, dtype), blank(plan, dtype)
+    ours = device.run_on_device(
+        plan, found, root=source.path, stamps=source.stamps, threads=threads, lane=Memory
+    )
+    plain = run_plan(plan, wanted, root=source.path, threads=1)
+    return (found, ours), (wanted, plain)
+
+
+@pytest.mark.parametrize("src", ["split", "fused", "grouped"])
+@pytest.mark.parametrize("dst", ["split", "fused", "grouped", "stacked", "epfd"])
+@pytest.mark.parametrize("shard", [None, ("e", 1, 2), ("f", 1, 2), ("d", 0, 3)], ids=str)
+def test_every_byte_arrives(src: str, dst: str, shard: Any, tmp_path: Path) -> None:
+    source = opened(tmp_path, src)
+    plan = restow.plan(source, layout=dst, shard=restow.Shard(*shard) if shard else None)
+    for dtype in (torch.bfloat16, torch.float32):
+        (found, ours), (wanted, plain) = both(plan, source, dtype)
+        assert differing(found, wanted) == []
+        assert ours == plain
+
+
+def test_experts_that_are_wanted_twice_are_read_once(tmp_path: Path) -> None:
+    source = opened(tmp_path, "fused")
+    experts = [3, 0, 3, 4, 3, 1, 0]
+    like = {
+        t.name: torch.empty(
+            (len(experts), *t.shape[1:]) if "mlp" in t.name else t.shape, dtype=torch.bfloat16
+        )
+        for t in restow.plan(source, layout="grouped").targets
+    }
+    plan = restow.plan(source, like, experts=experts)
+    assert len(list(plan.batches())) < len(plan.copies)
+    (found, ours), (wanted, plain) = both(plan, source, torch.bfloat16)
+    assert differing(found, wanted) == [] and ours == plain
+
+
+def test_tensors_with_strides_and_offsets_of_their_own(tmp_path: Path) -> None:
+    source = opened(tmp_path)
+    plan = restow.plan(source)
+    room: Tensors = {}
+    for target in plan.targets:
+        wide = [n + 1 for n in target.local_shape]
+        whole = torch.full(wide, -1, dtype=torch.bfloat16)
+        room[target.name] = whole[tuple(slice(1, None) for _ in wide)]
+    device.run_on_device(plan, room, root=source.path, stamps={}, threads=2, lane=Memory)
+    wanted = blank(plan, torch.bfloat16)
+    run_plan(plan, wanted, root=source.path)
+    assert differing({n: t.contiguous() for n, t in room.items()}, wanted) == []
+
+
+# Packing.
+
+
+def pieces_of(box: Packed) -> list[tuple[int, str, int, int, int]]:
+    return [(share.slot, *piece) for share in box.shares for piece in share.pieces]
+
+
+@pytest.mark.parametrize("dst", ["grouped", "fused"])
+def test_neighbours_in_a_file_are_one_read_and_slots_are_full(dst: str, tmp_path: Path) -> None:
+    model = Model(e=7, f=16, d=24, layers=3)
+    source = opened(tmp_path, model=model)
+    plan = restow.plan(source, layout=dst)
+    tensors = blank(plan, torch.bfloat16)
+    box = packed(plan, tensors, ROOM)
+    assert [s.slot for s in box.shares] == sorted(s.slot for s in box.shares)
+    runs = {file for _, file, *_ in pieces_of(box)}
+    assert len(pieces_of(box)) <= len(box.slots) + len(runs), (
+        "one read a slot, and one more where a file ends"
+    )
+    largest = model.f * model.d * 2
+    assert all(slot.size > ROOM - largest - ALIGN for slot in box.slots[:-1])
+    for _, file, begin, length, at in pieces_of(box):
+        assert at % ALIGN == begin % ALIGN and at + length <= ROOM, file
+    found = sorted((f, b, b + n) for _, f, b, n, _ in pieces_of(box))
+    assert sum(e - b for _, b, e in found) == plan.bytes
+    assert [slot.last for slot in box.slots[:-1]] == [slot.first for slot in box.slots[1:]]
+
+
+def test_a_large_read_is_shared(tmp_path: Path) -> None:
+    whole = {"model.embed_tokens.weight": torch.arange(5 * SHARE // 8).view(-1, 64)}
+    from safetensors.torch import save_file
+
+    save_file(whole, tmp_path / "model.safetensors")
+    source = restow.open(tmp_path / "model.safetensors", family="qwen3_moe")
+    into = {n: torch.empty_like(t) for n, t in whole.items()}
+    box = packed(restow.plan(source, into), into, 4 * SHARE)
+    sizes = [(share.slot, sum(length for _, _, length, _ in share.pieces)) for share in box.shares]
+    for (slot, size), (after, _) in pairwise(sizes):
+        assert size == SHARE if slot == after else 0 < size <= SHARE
+    assert sum(size for _, size in sizes) == 5 * SHARE and len(box.slots) == 2
+
+
+def test_words_that_lie_askew_in_the_file_are_set_straight(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"a": torch.arange(40, dtype=torch.bfloat16), "b": torch.arange(30, dtype=torch.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    text = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(text[:8], "little")
+    header = text[8 : 8 + length].rstrip() + b" "
+    header += b" " * ((len(header) + 1) % 2)  # the data begins at an odd byte
+    (tmp_path / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + text[8 + length :]
+    )
+    source = restow.open(tmp_path / "model.safetensors", family="qwen3_moe")
+    plan = restow.plan(source, tensors)
+    assert all(part.begin % 2 for part in plan.parts)
+    found = painted(tensors)
+    device.run_on_device(plan, found, root=source.path, stamps={}, threads=2, lane=Memory)
+    assert differing(found, tensors) == []
+
+
+# Turns.
+
+
+def test_a_slot_is_filled_again_only_when_it_was_sent(tmp_path: Path) -> None:
+    """Reads that take their time, a calling thread that takes longer: no share goes into a slot that is still due."""
+    source = opened(tmp_path, model=Model(e=8, f=12, d=16, layers=3))
+    plan = restow.plan(source)
+    tensors = blank(plan, torch.bfloat16)
+    lane = Memory(torch.device("cpu"), slots=2)
+    job = slotwork.prepared(plan, tensors, lane.there)
+    full = [len(job.packed.slots) // 2 + len(job.packed.slots) % 2, len(job.packed.slots) // 2]
+    assert len(job.packed.slots) > 6
+    turns: list[tuple[int, int]] = []
+    lock, base = threading.Lock(), [slot.data_ptr() for slot in lane.host]
+
+    def fill(pieces: Sequence[Piece], slot: memoryview) -> int:
+        at = np.frombuffer(slot, np.uint8).ctypes.data
+        with lock:
+            turns.append((base.index(at), lane.sent[base.index(at)]))
+        time.sleep(0.001 * (pieces[0][1] % 3))
+        return sum(length for _, _, length, _ in pieces)
+
+    read, written = device.pump(job, lane, fill, threads=4)
+    assert read == plan.bytes and sum(written.values()) * 2 == plan.written
+    assert lane.sent == full and lane.finished == 1
+    order = [share.slot for share in job.packed.shares]
+    assert sorted(turns) == sorted((number % 2, number // 2) for number in order)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_first_error_is_raised_and_all_threads_end(threads: int, tmp_path: Path) -> None:
+    source = opened(tmp_path, model=Model(e=8, f=12, d=16, layers=3))
+    plan = restow.plan(source)
+    tensors = blank(plan, torch.bfloat16)
+    lane = Memory(torch.device("cpu"))
+    job = slotwork.prepared(plan, tensors, lane.there)
+    before = threading.active_count()
+
+    def fill(pieces: Sequence[Piece], slot: memoryview) -> int:
+        if pieces[0][1] == job.packed.shares[5].pieces[0][1]:
+            raise OSError("the disk is gone")
+        return sum(length for _, _, length, _ in pieces)
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        device.pump(job, lane, fill, threads)
+    assert threading.active_count() == before and lane.finished == 1
+
+
+def test_an_error_while_sending_ends_the_readers_too(tmp_path: Path) -> None:
+    source = opened(tmp_path, model=Model(e=8, f=12, d=16, layers=3))
+    plan = restow.plan(source)
+    tensors = blank(plan, torch.bfloat16)
+
+    class Broken(Memory):
+        def send(self, slot: int, size: int) -> None:
+            raise RuntimeError("no device")
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="no device"):
+        device.run_on_device(plan, tensors, root=source.path, stamps={}, threads=3, lane=Broken)
+    assert threading.active_count() == before
+
+
+def test_files_are_judged_as_everywhere(tmp_path: Path) -> None:
+    source = opened(tmp_path)
+    plan = restow.plan(source)
+    file = tmp_path / plan.parts[0].file
+    stamps = {plan.parts[0].file: (0, 0, file.stat().st_size, 0)}
+    with pytest.raises(IntegrityError):
+        device.run_on_device(
+            plan, blank(plan, torch.bfloat16), root=source.path, stamps=stamps, threads=2, lane=Memory
+        )
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(TruncatedFileError):
+        device.run_on_device(
+            plan, blank(plan, torch.bfloat16), root=source.path, stamps={}, threads=2, lane=Memory
+        )
+
+
+def test_progress_reaches_the_bytes_of_the_plan(tmp_path: Path) -> None:
+    source = opened(tmp_path, model=Model(e=8, f=12, d=16, layers=3))
+    plan = restow.plan(source)
+    told: list[tuple[int, int]] = []
+    device.run_on_device(
+        plan, blank(plan, torch.bfloat16), root=source.path, stamps={}, threads=2, lane=Memory,
+        progress=lambda done, whole: told.append((done, whole)),
+    )  # fmt: skip
+    assert told == sorted(told) and told[-1] == (plan.bytes, plan.bytes)
+
+
+def test_a_plan_with_a_copy_left_out_is_found(tmp_path: Path) -> None:
+    source = opened(tmp_path)
+    plan = restow.plan(source)
+    less = replace(plan, copies=plan.copies[1:])
+    tensors = blank(plan, torch.bfloat16)
+    lane = Memory(torch.device("cpu"))
+    job = slotwork.prepared(less, tensors, lane.there)
+    _, written = device.pump(job, lane, lambda pieces, slot: 0, 1)
+    assert sum(written.values()) * 2 < plan.written
+
+
+# The table of transposes.
+
+
+def test_launches_take_rows_of_one_slot_and_one_width() -> None:
+    rows = np.array([[16 * i, 4096 + 32 * i, 8, 64, 64, 8] for i in range(5)], np.int64)
+    rows[4, 0] += 2
+    found = list(launches(rows, np.array([2, 2, 4, 2, 2]), np.array([0, 0, 0, 1, 1])))
+    assert [(one.first, one.last, one.width, one.even) for one in found] == [
+        (0, 2, 2, WORD), (2, 3, 4, WORD), (3, 5, 2, 2),
+    ]  # fmt: skip
+    assert [one.blocks for one in found] == [1, 1, 1]
+
+
+def test_a_transpose_is_told_from_a_copy() -> None:
+    assert matrix_of((3, 4), (4, 1), (4, 1)) is None
+    assert matrix_of((12,), (1,), (1,)) is None
+    found = matrix_of((2, 3, 4), (12, 4, 1), (100, 1, 5))
+    assert found is not None and found[:4] == (3, 4, 4, 5) and found.places == [(0, 0), (12, 100)]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+sys.path[:0] = {paths!r}
+import restow
+from moe import Model, differing
+from restow.torch import device, slotwork
+from restow.torch.across import usable
+from restow.torch.read import run_plan
+from test_device import Memory, blank, opened
+
+assert all(usable(torch.device("cpu"), width) for width in (1, 2, 4, 8))
+launched = 0
+for number, src in enumerate(("split", "fused", "grouped")):
+    source = opened(Path({folder!r}) / src, src, Model(e=4, f=10, d=16, layers=1))
+    for dst in ("grouped", "fused", "epfd"):
+        for shard in (None, restow.Shard("d", 1, 2)):
+            plan = restow.plan(source, layout=dst, shard=shard)
+            found, wanted = blank(plan, torch.bfloat16), blank(plan, torch.bfloat16)
+            lane = Memory(torch.device("cpu"))
+            job = slotwork.prepared(plan, found, lane.there, 0)
+            with device.ExitStack() as stack:
+                fill = device.filling(device._Files(stack, source.path, {{}}))
+                read, written = device.pump(job, lane, fill, 2)
+            run_plan(plan, wanted, root=source.path)
+            assert differing(found, wanted) == [], (src, dst, shard)
+            assert read == plan.bytes and sum(written.values()) * 2 == plan.written
+            launched += sum(len(work.launches) for work in job.work)
+            if (src, dst) == ("split", "grouped"):
+                assert all(len(work.launches) == 1 for work in job.work[:-1]), "one launch a slot"
+print("launched", launched)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which torch for CUDA brings along")
+def test_the_kernel_moves_what_torch_moves(tmp_path: Path) -> None:
+    """In Triton's interpreter, in a process of its own: whether to interpret is settled when triton is imported."""
+    paths = [str(Path(__file__).parent)]
+    script = SCRIPT.format(paths=paths, folder=str(tmp_path))
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[-1]) > 10
