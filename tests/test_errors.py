@@ -104,6 +104,9 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "  extra     model.layers.0.mlp.experts.2.gate_proj.weight\n"
         "            model.layers.0.mlp.experts.2.up_proj.weight\n"
         "            model.layers.0.mlp.experts.2.down_proj.weight\n"
+        "            model.layers.1.mlp.experts.2.gate_proj.weight\n"
+        "            model.layers.1.mlp.experts.2.up_proj.weight\n"
+        "            model.layers.1.mlp.experts.2.down_proj.weight\n"
         "  and in    model.layers.1.mlp.experts\n"
         "  try       check the number of experts in config.json against the files",
     ),
@@ -137,6 +140,8 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "expected shape [3, 6, 8] for model.layers.0.mlp.experts.gate_and_up_projs, found [4, 6, 8]\n"
         "  tensors   model.layers.0.mlp.experts.gate_and_up_projs [4, 6, 8], expected [3, 6, 8]\n"
         "            model.layers.0.mlp.experts.down_projs [4, 4, 6], expected [3, 4, 6]\n"
+        "            model.layers.1.mlp.experts.gate_and_up_projs [4, 6, 8], expected [3, 6, 8]\n"
+        "            model.layers.1.mlp.experts.down_projs [4, 4, 6], expected [3, 4, 6]\n"
         "  layout    in   gate_and_up_projs  e d (p f)\n"
         "            out  down_projs         e f d\n"
         "  sizes     d = 6, e = 3, f = 4, p = 2\n"

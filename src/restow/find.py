@@ -35,6 +35,7 @@ from restow.notation import Row
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+NAMING = ("missing", "extra", "tensors")  # sections that list tensors at fault
 HOLES = 1000  # tensors named at most when nearly all of a module is missing
 
 
@@ -122,7 +123,7 @@ def find_modules(
 
 
 def _folded(errors: Sequence[tuple[str, RestowError]]) -> tuple[RestowError, ...]:
-    """One error for what many modules have wrong in the same words: the first one, with the others' paths."""
+    """One error for what many modules have wrong in the same words: the first one, with all tensors and paths."""
     alike: dict[object, list[tuple[str, RestowError]]] = {}
     for path, error in errors:
         words = (text.replace(path, "") for text in (error.expected, error.found))
@@ -130,9 +131,19 @@ def _folded(errors: Sequence[tuple[str, RestowError]]) -> tuple[RestowError, ...
     folded = []
     for (_, first), *others in alike.values():
         if others:
+            named = [error.sections for _, error in others]
+            first.sections = tuple(
+                (label, (*lines, *_lines(named, label)) if label in NAMING else lines)
+                for label, lines in first.sections
+            )
             first.sections = (*first.sections, ("and in", tuple(show(path) for path, _ in others)))
         folded.append(first)
     return tuple(folded)
+
+
+def _lines(errors: Sequence[Iterable[tuple[str, Sequence[str]]]], label: str) -> list[str]:
+    """What the sections of other errors say under a label."""
+    return [line for sections in errors for known, lines in sections if known == label for line in lines]
 
 
 class Known(NamedTuple):
