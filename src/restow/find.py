@@ -358,7 +358,9 @@ def _count_errors(
                 f"{whole}" if whole != experts else f"{lacking} of their tensors missing",
                 tensor=missing[0],
                 sections=[("missing", map(show, listed)), ("in all", in_all), ("extra", map(show, extra))],
-                hint=f"get {what} again, or name the experts it holds: nothing is filled in their place",
+                hint=f"get {what} again, or name the experts it holds: nothing is filled in their place"
+                if what == "the checkpoint"
+                else f"give {what} all tensors of these experts, or say with experts= or shard= which it holds",
             )
         ]
     if extra:
