@@ -12,7 +12,7 @@ import restow
 import tiny
 from moe import AT, Model, differing
 from restow.cli import app
-from restow.errors import PrecisionError, ShapeMismatchError, UsageError
+from restow.errors import MissingTensorError, PrecisionError, ShapeMismatchError, UsageError
 
 SMALL = Model()
 
@@ -145,3 +145,14 @@ def test_a_conversion_says_a_check_that_can_succeed(tmp_path: Path) -> None:
         assert f"check it with: restow verify {against}\n" in done.stdout
         checked = against.partition("    ")[0].split()
         assert CliRunner().invoke(app, ["verify", *checked]).exit_code == 0
+
+
+def test_a_model_that_lacks_a_tensor_of_its_experts_is_not_a_broken_download(tmp_path: Path) -> None:
+    into = {name: t for name, t in empty().items() if name != f"{AT.format(1)}.down_proj"}
+    with pytest.raises(MissingTensorError) as caught:
+        restow.load(SMALL.written(tmp_path / "source"), into, part=True)
+    assert str(caught.value) == (
+        "expected 8 experts in model.layers.1.mlp.experts, found 0\n"
+        "  missing   model.layers.1.mlp.experts.down_proj\n"
+        "  try       give the destination all tensors of these experts, or say with experts= or shard= which it holds"
+    )

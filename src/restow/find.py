@@ -35,6 +35,7 @@ from restow.notation import Row
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+NAMING = ("missing", "extra", "tensors")  # sections that list tensors at fault
 HOLES = 1000  # tensors named at most when nearly all of a module is missing
 
 
@@ -130,14 +131,19 @@ def _folded(errors: Sequence[tuple[str, RestowError]]) -> tuple[RestowError, ...
     folded = []
     for (_, first), *others in alike.values():
         if others:
-            (title, lines), *rest = first.sections or (("", ()),)
-            every = (
-                *lines,
-                *(line for _, error in others for t, ls in error.sections[:1] if t == title for line in ls),
+            named = [error.sections for _, error in others]
+            first.sections = tuple(
+                (label, (*lines, *_lines(named, label)) if label in NAMING else lines)
+                for label, lines in first.sections
             )
-            first.sections = ((title, every), *rest, ("and in", tuple(show(path) for path, _ in others)))
+            first.sections = (*first.sections, ("and in", tuple(show(path) for path, _ in others)))
         folded.append(first)
     return tuple(folded)
+
+
+def _lines(errors: Sequence[Iterable[tuple[str, Sequence[str]]]], label: str) -> list[str]:
+    """What the sections of other errors say under a label."""
+    return [line for sections in errors for known, lines in sections if known == label for line in lines]
 
 
 class Known(NamedTuple):
@@ -352,7 +358,9 @@ def _count_errors(
                 f"{whole}" if whole != experts else f"{lacking} of their tensors missing",
                 tensor=missing[0],
                 sections=[("missing", map(show, listed)), ("in all", in_all), ("extra", map(show, extra))],
-                hint=f"get {what} again, or name the experts it holds: nothing is filled in their place",
+                hint=f"get {what} again, or name the experts it holds: nothing is filled in their place"
+                if what == "the checkpoint"
+                else f"give {what} all tensors of these experts, or say with experts= or shard= which it holds",
             )
         ]
     if extra:
