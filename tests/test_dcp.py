@@ -116,6 +116,25 @@ def read_modules(rank: int, folder: Path) -> list[list[str]]:
     return out
 
 
+def apart(rank: int, folder: Path, model: Model) -> list[str]:
+    """Rows that are not neighbours are read as they lie; on the way out DCP refuses what it takes for overlaps."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    wanted = distributed(model.spelled("grouped"), mesh, [S0, _StridedShard(0, split_factor=2)])
+    state = blank(wanted, 0x5A)
+    dcp.load(state, storage_reader=Reader(folder / str(model.e)))
+    wrong = differing(locals_of(state), locals_of(wanted))
+    with pytest.raises(CheckpointException):
+        dcp.save(state, storage_writer=Writer(folder / "out", like=folder / str(model.e)))
+    return wrong
+
+
+@pytest.mark.parametrize("model", [EIGHT, TEN], ids=["8", "10"])
+def test_rows_that_are_no_neighbours(model: Model, tmp_path: Path) -> None:
+    written(model, tmp_path)
+    assert values(ranks(4, tmp_path, apart, tmp_path, model)) == [[]] * 4
+    assert not (tmp_path / "out").exists()
+
+
 def test_fully_sharded_modules(tmp_path: Path) -> None:
     """Against `restow.load`, whose values are tested against fully_shard's own elsewhere."""
     written(EIGHT, tmp_path)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from restow.errors import (
+    DestinationError,
     MissingShardError,
     NotSafetensorsError,
     RestowError,
@@ -179,4 +180,8 @@ def _refuse_open(error: OSError, path: str, what: str, refuse: type[RestowError]
 
 def _refuse_os(error: OSError, path: str) -> NoReturn:
     code = errno.errorcode.get(error.errno or 0, "unknown error")
+    if error.errno in (errno.EMFILE, errno.ENFILE):  # nothing is wrong with the file
+        raise DestinationError(
+            "to open a file more", code, path=path, hint="raise the limit of open files (ulimit -n)"
+        ) from error
     raise MissingShardError("a file that can be read", f"{code} from the system", path=path) from error

@@ -2,7 +2,8 @@
 
 `Reader` presents every tensor of the source in the wanted layout, whole, one chunk each; plain `dcp.load` with its
 default planner then asks for the boxes that this rank's tensors need, and those are read like any restow load: own
-bytes only, straight into the tensors that the planner hands out. Objects that are no tensors are rejected by name.
+bytes only, straight into the tensors that the planner hands out; where DCP takes scattered rows for one box (it
+refuses to save them), the placement says what is read. Objects that are no tensors are rejected by name.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.futures import Future
 
 from restow.errors import MissingTensorError, RestowError, UsageError, show
@@ -33,6 +36,7 @@ from restow.planning import Prepared, default_targets, plan_of, prepare
 from restow.targets import Target
 from restow.torch.dtypes import dtype_name, torch_dtype
 from restow.torch.execute import execute
+from restow.torch.storage import Slot, slot_of
 
 StrPath = str | os.PathLike[str]
 
@@ -107,7 +111,14 @@ class Reader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read every item straight into the tensor that the planner resolves it to."""
         assert self._prepared is not None
-        for items in rounds(plan.items, lambda item: item.storage_index.fqn):
+        apart = {n: s for n, s in scattered(planner).items() if n in self._prepared.targets}
+        if apart:
+            self._execute(
+                {name: slot.target for name, slot in apart.items()},
+                {name: slot.local for name, slot in apart.items()},
+            )
+        asked = [item for item in plan.items if item.storage_index.fqn not in apart]
+        for items in rounds(asked, lambda item: item.storage_index.fqn):
             chosen: dict[str, Target] = {}
             tensors: dict[str, torch.Tensor] = {}
             for item in items:
@@ -118,18 +129,23 @@ class Reader(StorageReader):
                 whole = self._prepared.targets[name]
                 chosen[name] = whole._replace(dtype=dtype_name(into.dtype), runs=runs)
                 tensors[name] = into
-            made = plan_of(self._prepared, chosen)
-            if made.missing:
-                raise MissingTensorError(
-                    "every tensor asked for in the source", f"none for {show(made.missing[0])}"
-                )
-            source = self._prepared.source
-            execute(made, tensors, root=source.path, stamps=source.stamps, threads=self._threads)
+            self._execute(chosen, tensors)
             for item in items:
                 planner.commit_tensor(item, tensors[item.storage_index.fqn])
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _execute(self, chosen: dict[str, Target], tensors: dict[str, torch.Tensor]) -> None:
+        """Read what the targets say into the tensors of their names."""
+        assert self._prepared is not None
+        made = plan_of(self._prepared, chosen)
+        if made.missing:
+            raise MissingTensorError(
+                "every tensor asked for in the source", f"none for {show(made.missing[0])}"
+            )
+        source = self._prepared.source
+        execute(made, tensors, root=source.path, stamps=source.stamps, threads=self._threads)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
@@ -153,6 +169,17 @@ def _whole(target: Target) -> TensorStorageMetadata:
     size = torch.Size(target.shape)
     chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(size)), sizes=size)
     return TensorStorageMetadata(TensorProperties(dtype=torch_dtype(target.dtype)), size, [chunk])
+
+
+def scattered(planner: LoadPlanner) -> dict[str, Slot]:
+    """DTensors of a planner's state whose part is not one box: DCP takes them for one, at the first element's place."""
+    state = getattr(planner, "state_dict", None) or {}
+    slots = {
+        name: slot_of(name, tensor, meta=True)
+        for name, tensor in state.items()
+        if isinstance(tensor, DTensor) and any(isinstance(p, _StridedShard) for p in tensor.placements)
+    }
+    return {name: slot for name, slot in slots.items() if any(len(runs) > 1 for runs in slot.target.runs)}
 
 
 Item = TypeVar("Item")
