@@ -1,7 +1,7 @@
 """Adapters against PEFT itself: merged weights, logits, and files of other PEFT versions.
 
-Other versions are run where RESTOW_OLD_PEFT names a folder with unpacked ones (`0.18.1/peft`, ...); everywhere else
-their files are made from the rule that their source has, written down here by itself.
+Of other versions `lora_golden.json` holds what they wrote and made of it, recorded by running them; they run again where
+RESTOW_OLD_PEFT names a folder with unpacked ones (`0.18.1/peft`, ...).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import lora_adapters as adapters
+import lora_golden
 import restow
 import restow.lora
 import tiny
@@ -126,6 +127,7 @@ def old_rule(version: str, shape: tuple[int, ...], transposed: bool) -> bool:
 VERSIONS = {"peft-0.18": "0.18.1", "peft-0.19.0": "0.19.0", "peft-0.19.1": "0.19.1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", VERSIONS)
 @pytest.mark.parametrize("family", adapters.FAMILIES)
 def test_the_shapes_of_other_versions(tmp_path: Path, family: str, to: str) -> None:
@@ -148,6 +150,44 @@ def test_the_shapes_of_other_versions(tmp_path: Path, family: str, to: str) -> N
             delta = torch.einsum("oke,eki->eoi", b_e, a_e) * 2
             delta = delta if last else delta.transpose(1, 2)
             torch.testing.assert_close(before[name] + delta, want[name], atol=1e-5, rtol=1e-5)
+
+
+GOLDEN: dict[str, Any] = json.loads(lora_golden.FILE.read_text())
+ERAS = {"0.18.1": "peft-0.18", "0.19.0": "peft-0.19.0", "0.19.1": "peft-0.19.1", "0.20.0": "peft-0.19.1"}
+
+
+@pytest.mark.parametrize("family", adapters.FAMILIES)
+@pytest.mark.parametrize(
+    "version", ["0.18.1", "0.19.0", "0.19.1", pytest.param("0.20.0", marks=pytest.mark.slow)]
+)
+def test_files_of_other_versions(tmp_path: Path, version: str, family: str) -> None:
+    """What each version wrote and what it made of it, as recorded: read, and written again to the bit."""
+    base = tmp_path / "base"
+    for sizes in tiny.SIZES:
+        case = GOLDEN[version]["cases"][f"{family}|{sizes}"]
+        state = {
+            f"{lora_golden.PREFIX}{path}.{end}": shape
+            for path in case["paths"]
+            for end, shape in case["files"].items()
+        }
+        state = {name: lora_golden.numbers(name, tuple(shape)) for name, shape in state.items()}
+        config = {**GOLDEN[version]["config"], "target_parameters": case["targets"]}
+        at = tmp_path / sizes
+        theirs = adapters.write(at / "theirs", state, **config)
+        tiny.config(family, sizes).save_pretrained(base)
+        restow.lora.convert(theirs, at / "grouped", to="grouped", base=base)
+        grouped = adapters.tensors(at / "grouped")
+        for name, (shape, want) in case["merged"].items():
+            path, _, leaf = name.rpartition(".")
+            role = "lora_down" if leaf == "down_proj" else "lora_gate_and_up"
+            a, b = (grouped[f"{lora_golden.PREFIX}{path}.{role}_{x}"] for x in "AB")
+            delta = 2 * a.double() @ b.double()  # [e, in, out]
+            delta = delta if family in ("gpt_oss", "llama4_text") else delta.transpose(1, 2)
+            assert list(delta.shape) == shape
+            have = torch.tensor(lora_golden.samples(delta))
+            torch.testing.assert_close(have, torch.tensor(want), atol=1e-4, rtol=1e-5)
+        restow.lora.convert(at / "grouped", at / "again", to=ERAS[version], base=base)
+        adapters.same(theirs, at / "again")
 
 
 @pytest.mark.slow

@@ -139,9 +139,10 @@ def base_of(base: BaseLike | Base | None, family: str | Family | None, hint: obj
         base = hint
     if base is None:
         if known is None:
+            said = f"{show(hint)}, which is no folder here" if isinstance(hint, str) and hint else "none"
             raise AdapterError(
                 "a base model, which says the family and the sizes",
-                "none",
+                said,
                 hint="say base= (--base), a folder with at least config.json, or family= (--family)",
             )
         return Base(known, {"p": len(known.labels)})

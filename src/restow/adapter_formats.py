@@ -76,10 +76,18 @@ VLLM_3D = (
 )  # is_3d_moe_weight
 
 
-def format_of(name: str, family: Family) -> Format:
-    """A format by name; `vllm` is the one that vLLM expects of this family. Raises `UsageError`."""
+def judge_name(name: str, *, checkable: bool = False) -> None:
+    """Raise `UsageError` for a name that is no format's, or (`checkable`) of one that PEFT cannot run."""
     if name not in FORMATS:
         raise UsageError(f"an adapter format, one of {', '.join(FORMATS)}", f"'{show(name)}'")
+    if checkable and not FORMATS[name].peft:
+        known = ", ".join(f.name for f in FORMATS.values() if f.peft)
+        raise UsageError(f"a format that PEFT reads with --check, one of {known}", f"'{show(name)}'")
+
+
+def format_of(name: str, family: Family) -> Format:
+    """A format by name; `vllm` is the one that vLLM expects of this family. Raises `UsageError`."""
+    judge_name(name)
     if name == "vllm" and any(kind in VLLM_3D for kind in family.model_types):
         return FORMATS["vllm-3d"]
     return FORMATS[name]

@@ -15,7 +15,7 @@ from typing import NamedTuple, get_args
 from restow.adapter_config import AdapterConfig
 from restow.adapter_formats import Faces, Kind, era_of, faces_of, leaf, parameter, rows
 from restow.adapter_keys import Found
-from restow.errors import AdapterError, show
+from restow.errors import AdapterError, UsageError, show
 from restow.family import Family
 from restow.layout import solve_sizes
 from restow.notation import Row
@@ -31,6 +31,16 @@ class Options(NamedTuple):
     faces: Faces | None = None
     outer: str = "out"
     expert_major: bool | None = None
+
+    def judge(self) -> None:
+        """Raise `UsageError` for values that mean nothing."""
+        for field, value, known in (
+            ("faces", self.faces, (None, *get_args(Faces))),
+            ("outer", self.outer, ("out", "in")),
+        ):
+            if value not in known:
+                words = ", ".join(f"'{word}'" for word in known if word)
+                raise UsageError(f"{field} as one of {words}", f"'{show(str(value))}'")
 
 
 class Wrappers(NamedTuple):

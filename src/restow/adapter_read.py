@@ -18,6 +18,7 @@ from restow.adapter_formats import ROLES, Faces, one_label, parameter, per_exper
 from restow.adapter_keys import PREFIX, Found, Sorted, Spelled, half, sort_names
 from restow.adapter_orient import Options, Wrappers, decide_faces, stored, wrapped_roles, wrapper_rows
 from restow.errors import AdapterError, RestowError, show
+from restow.known import FAMILIES
 from restow.layout import axis_size, name_of, shape_of, solve_sizes
 from restow.notation import Row
 from restow.problems import merged
@@ -85,6 +86,8 @@ class Adapter:
 
 def read_adapter(shapes: Shapes, config: AdapterConfig, base: Base, options: Options = PLAIN) -> Adapter:
     """Judge the tensors of an adapter (name -> shape). Raises `AdapterError`: all findings in one."""
+    options.judge()
+    _judge_family(config, base)
     by_name = sort_names(shapes, base.family, config.path)
     reader = _Reader(shapes, config, base, options)
     plain = reader.plain(by_name)
@@ -93,6 +96,24 @@ def read_adapter(shapes: Shapes, config: AdapterConfig, base: Base, options: Opt
         raise merged(reader.errors)
     kinds = {path: found[0].spelled for path, found in by_name.experts.items()} | reader.apart
     return Adapter(config, tuple(pairs), tuple(plain), tuple(by_name.others), kinds, reader.faces)
+
+
+def _judge_family(config: AdapterConfig, base: Base) -> None:
+    """Raise `AdapterError` where PEFT wrote down that the adapter was trained on a model of another known family.
+
+    It names the module of transformers, which may hold several model types: `llama4` has llama4_text too.
+    """
+    mapping = config.raw.get("auto_mapping")
+    library = str(mapping.get("parent_library")) if isinstance(mapping, Mapping) else ""
+    kind = library.removeprefix("transformers.models.").partition(".")[0]
+    ours = any(known == kind or known.startswith(f"{kind}_") for known in base.family.model_types)
+    if library.startswith("transformers.models.") and kind in FAMILIES and not ours:
+        raise AdapterError(
+            f"an adapter for the base's family, {base.family.model_types[0]}",
+            f"one that was trained on {kind} (auto_mapping)",
+            path=config.path,
+            hint="choose the base that it was trained on; remove auto_mapping from the config if it is wrong",
+        )
 
 
 class _Reader:

@@ -39,6 +39,12 @@ ReplaceOption = Annotated[bool, typer.Option("--replace", help="Replace what res
 FacesOption = Annotated[
     Literal["input", "output"] | None, typer.Option(help="Which side lora_A of fused tensors faces.")
 ]
+OuterOption = Annotated[
+    Literal["out", "in"], typer.Option(help="The projection that was registered last: out is down.")
+]
+OrderOption = Annotated[
+    bool | None, typer.Option("--expert-major/--rank-major", help="How lora_B was folded.")
+]
 LayoutOption = Annotated[
     str | None, typer.Option(metavar="NAME|@FILE", help="A layout's name, or a file with its rows.")
 ]
@@ -186,48 +192,51 @@ def lora(
         str | None, typer.Argument(metavar="DST", help="A folder that does not exist yet.")
     ] = None,
     to: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="peft, grouped, vllm, ...: see the error.")
+        str | None, typer.Option(metavar="FORMAT", help="peft, grouped, vllm, sglang, ...; ? lists all.")
     ] = None,
-    base: Annotated[str | None, typer.Option(metavar="BASE", help="The base model's folder.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="The base model's folder; its config is enough.")
+    ] = None,
     family: FamilyOption = None,
     faces: FacesOption = None,
-    outer: Annotated[str, typer.Option(metavar="out|in", help="Which projection wraps the other.")] = "out",
-    expert_major: Annotated[
-        bool | None, typer.Option("--expert-major/--rank-major", help="How lora_B was folded.")
-    ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Does the installed PEFT do what it means?")] = False,
+    outer: OuterOption = "out",
+    expert_major: OrderOption = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Does the installed PEFT do what DST (or SRC) means?")
+    ] = False,
     replace: ReplaceOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> Answer:
-    """Write an adapter in another format; or, with --check and --base, run it in PEFT and compare."""
+    """Write an adapter in another format; with --check see in PEFT whether it does what was trained."""
+    from restow.adapter_formats import judge_name
     from restow.answers import adapted, checked
 
-    if check:
-        if base is None or target is not None or to is not None:
-            raise UsageError("--check with --base, and neither DST nor --to", "other options")
-        from restow.torch.adapter_check import check as run_check
+    if to is not None:
+        judge_name(to, checkable=check)  # an unknown name ends here, before torch is imported
+    if check and base is None:
+        raise UsageError("--base with --check, since PEFT needs a model to load it into", "none")
+    if (target is None or to is None) and not (check and target is None and to is None):
+        given = "--to alone" if to is not None else "DST alone" if target is not None else "neither"
+        raise UsageError("DST and --to FORMAT, or --check with --base", given)
+    done = None
+    if target is not None and to is not None:
+        from restow.torch.adapter_convert import convert as do
 
+        done = adapted(do(source, target, to=to, base=base, family=family, faces=faces, outer=outer,
+                          expert_major=expert_major, replace=replace))  # fmt: skip
+        if not check:
+            return done
+    from restow.torch.adapter_check import check as run_check
+
+    assert base is not None
+    if done is None:
         return checked(
             run_check(source, base, family=family, faces=faces, outer=outer, expert_major=expert_major)
         )
-    if target is None or to is None:
-        raise UsageError("DST and --to FORMAT", "one of them missing")
-    from restow.torch.adapter_convert import convert as do
-
-    return adapted(
-        do(
-            source,
-            target,
-            to=to,
-            base=base,
-            family=family,
-            faces=faces,
-            outer=outer,
-            expert_major=expert_major,
-            replace=replace,
-        )
-    )
+    assert target is not None
+    said = checked(run_check(target, base, family=family))
+    return Answer({**done.data, "check": said.data}, [*done.lines, *said.lines], said.code)
 
 
 @verb
@@ -237,10 +246,8 @@ def merge(
     target: TargetArgument,
     family: FamilyOption = None,
     faces: FacesOption = None,
-    outer: Annotated[str, typer.Option(metavar="out|in", help="Which projection wraps the other.")] = "out",
-    expert_major: Annotated[
-        bool | None, typer.Option("--expert-major/--rank-major", help="How lora_B was folded.")
-    ] = None,
+    outer: OuterOption = "out",
+    expert_major: OrderOption = None,
     replace: ReplaceOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,

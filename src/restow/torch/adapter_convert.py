@@ -76,9 +76,8 @@ def resolve(to: str, base: Base) -> tuple[Format, str]:
     """The format that a name means here, and the PEFT version that reads it: for `peft`, the one that is installed."""
     fmt = format_of(to, base.family)
     if to != "peft":
-        return fmt, {"0.18": "0.17 to 0.18.1", "0.19.0": "0.19.0", "0.19.1": "0.19.1 or later"}.get(
-            fmt.era, ""
-        )
+        eras = {"0.18": "0.17 to 0.18.1", "0.19.0": "0.19.0", "0.19.1": "0.19.1 or later"}
+        return fmt, eras.get(fmt.era, "") if fmt.peft else ""
     try:
         version = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
