@@ -294,3 +294,54 @@ def test_rename_on_load(tmp_path: Path) -> None:
     restow.load(source, runs, rename=[("model", "net")])
     with pytest.raises((MissingTensorError, UnexpectedTensorError)):
         restow.load(source, runs)
+
+
+# Network file systems.
+
+
+@pytest.mark.parametrize("dst", ["grouped", "fused"])
+def test_on_a_network_what_a_thread_takes_is_asked_for_in_one_piece(
+    dst: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SMALL.written(tmp_path, files=1)
+    plan = restow.plan(source, layout=dst)
+    asked: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(
+        SourceFile,
+        "announce",
+        lambda file, begin, count: asked.append((Path(file.path).name, begin, begin + count)),
+    )
+
+    def load(network: bool | None) -> Tensors:
+        asked.clear()
+        into = {t.name: torch.full(t.local_shape, -1, dtype=torch.bfloat16) for t in plan.targets}
+        assert restow.load(source, into, threads=1, network=network).bytes_read == plan.bytes
+        return into
+
+    local = load(None)
+    assert asked == []
+    assert differing(load(True), local) == [] and tuple(asked) == plan.reads and len(asked) == 1
+    monkeypatch.setattr("restow.torch.load.on_network", lambda folder: folder == source)
+    assert differing(load(None), local) == [] and len(asked) == 1
+    load(False)
+    assert asked == []
+
+
+def test_large_tiles_stay_within_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    before = read._Worker.__init__
+
+    def noted(worker: Any, *arguments: Any) -> None:
+        limits.append(arguments[-1])
+        before(worker, *arguments)
+
+    monkeypatch.setattr(read._Worker, "__init__", noted)
+    source = SMALL.written(tmp_path)
+    into = {t.name: torch.empty(t.local_shape) for t in restow.plan(source).targets}
+    for threads in (1, 2, 6, 30):
+        limits.clear()
+        restow.load(source, into, threads=threads, network=True)
+        assert len(set(limits)) == 1 and limits[0] >= read.TILE
+        assert limits[0] * len(limits) <= read.WINDOW or limits[0] == read.TILE
+    restow.load(source, into, threads=1, network=True)
+    assert limits[-1] == read.JOB

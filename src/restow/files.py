@@ -68,6 +68,12 @@ class SourceFile:
         now = os.fstat(self.fd)
         return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) != self.stamp
 
+    def announce(self, offset: int, count: int) -> None:
+        """Tell the system that these bytes will be read, where it listens."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.fd, offset, count, os.POSIX_FADV_WILLNEED)
+
     def pread(self, offset: int, count: int) -> bytes:
         """Exactly `count` bytes from `offset`."""
         parts: list[bytes] = []

@@ -217,7 +217,8 @@ def _prove(target: Side, position: int, runs: Runs, made: Sequence[Move]) -> Non
     """Exactly once: every move decoded from its final integers into a box of axes; volumes, bounds, no overlap."""
     local = held(runs)
     volume = sum(prod(move.pattern.sizes) for move in made)
-    boxes = [decode(target, runs, move) for move in made]
+    seen: Seen = {}
+    boxes = [decode(target, runs, move, seen) for move in made]
     outside = sum(box is None for box in boxes)
     clash = overlap([box for box in boxes if box is not None])
     if volume == prod(local) and clash is None and not outside:
@@ -231,37 +232,56 @@ def _prove(target: Side, position: int, runs: Runs, made: Sequence[Move]) -> Non
     )
 
 
-def decode(target: Side, runs: Sequence[Sequence[Run]], move: Move) -> tuple[Run, ...] | None:
+Seen = dict[tuple[int, int, int], tuple[Run, ...] | None]  # by dim, place in it, and pattern's identity
+
+
+def decode(
+    target: Side, runs: Sequence[Sequence[Run]], move: Move, seen: Seen | None = None
+) -> tuple[Run, ...] | None:
     """The axes' runs that a move fills, read back from its start and steps alone; None where it leaves what is held.
 
-    Where an axis lies inside a dim follows from the row and the sizes once more, not from how the move was made.
+    Where an axis lies inside a dim follows from the row and the sizes once more, not from how the move was made. `seen`
+    keeps what was read back of moves that share their pattern: they mostly differ in one dim.
     """
+    known: Seen = {} if seen is None else seen
     found: list[Run] = []
     for dim, (digits, dim_runs) in enumerate(zip(_digits(target.row, target.sizes), runs, strict=True)):
-        here = [(to_step, n) for n, (to, to_step) in zip(move.pattern.sizes, move.pattern.target, strict=True)
-                if to == dim]  # fmt: skip
-        steps = dict(here)
-        if len(steps) != len(here):  # two axes that step alike would write the same places
+        key = (dim, move.start[dim], id(move.pattern))
+        if key not in known:
+            known[key] = _read_back(digits, dim_runs, dim, move.start[dim], move.pattern)
+        here = known[key]
+        if here is None:
             return None
-        local, first = 0, -1
-        for start, length in dim_runs:
-            if local <= move.start[dim] < local + length:
-                last = move.start[dim] + sum((n - 1) * step for step, n in steps.items())
-                first = start + move.start[dim] - local if last < local + length else -1
-                break
-            local += length
-        if first < 0:
-            return None
-        for length, stride in digits:
-            digit = first // stride
-            first -= digit * stride
-            count = steps.pop(stride, 1) if length > 1 else 1
-            if digit + count > length:
-                return None
-            found.append((digit, count))
-        if steps:
-            return None
+        found += here
     return tuple(found)
+
+
+def _read_back(
+    digits: Sequence[tuple[int, int]], runs: Sequence[Run], dim: int, at: int, pattern: Pattern
+) -> tuple[Run, ...] | None:
+    """The runs of one dim's axes; None where they leave what is held, or are none."""
+    here = [(to_step, n) for n, (to, to_step) in zip(pattern.sizes, pattern.target, strict=True) if to == dim]
+    steps = dict(here)
+    if len(steps) != len(here):  # two axes that step alike would write the same places
+        return None
+    local, first = 0, -1
+    for start, length in runs:
+        if local <= at < local + length:
+            last = at + sum((n - 1) * step for step, n in steps.items())
+            first = start + at - local if last < local + length else -1
+            break
+        local += length
+    if first < 0:
+        return None
+    found: list[Run] = []
+    for length, stride in digits:
+        digit = first // stride
+        first -= digit * stride
+        count = steps.pop(stride, 1) if length > 1 else 1
+        if digit + count > length:
+            return None
+        found.append((digit, count))
+    return None if steps else tuple(found)
 
 
 @lru_cache(maxsize=256)

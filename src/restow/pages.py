@@ -55,11 +55,16 @@ class Stretch(NamedTuple):
 
 def page_of(folder: Path) -> int:
     """The unit in which ranks of several nodes must not share this folder's files: 0 on a local file system."""
+    return STRIPE if on_network(folder) else 0
+
+
+def on_network(folder: Path) -> bool:
+    """Whether a folder lies on a network file system, by its type."""
     try:
         table = Path("/proc/self/mounts").read_text()
     except OSError:
-        return 0
-    return STRIPE if file_system(folder, table).split(".")[0] in NETWORK else 0
+        return False
+    return file_system(folder, table).split(".")[0] in NETWORK
 
 
 def file_system(folder: Path, table: str) -> str:

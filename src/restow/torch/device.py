@@ -20,7 +20,7 @@ import torch
 
 from restow.plans import Plan
 from restow.torch.across import COLUMNS, launch
-from restow.torch.packing import Piece, Shape
+from restow.torch.packing import LARGE, SHARE, Piece, Shape
 from restow.torch.raw import raw
 from restow.torch.read import Booked, Progress, _compare, _Files, _Ledger
 from restow.torch.slotwork import Job, Run, prepared
@@ -69,6 +69,7 @@ def run_on_device(
     root: str | None,
     stamps: Mapping[str, tuple[int, ...]],
     threads: int,
+    large: bool = False,
     progress: Progress | None = None,
     lane: Callable[[torch.device], Lane] | None = None,
 ) -> Booked:
@@ -77,7 +78,7 @@ def run_on_device(
     with ExitStack() as stack:
         files = _Files(stack, root, stamps)
         way = (lane or Streams)(device)
-        job = prepared(plan, tensors, way.there)
+        job = prepared(plan, tensors, way.there, share=LARGE if large else SHARE)
         ledger = _Ledger()
         ledger.book(*pump(job, way, filling(files), threads, progress))
         files.check()

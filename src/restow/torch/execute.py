@@ -19,6 +19,7 @@ def execute(
     memory: Mapping[str, torch.Tensor] | None = None,
     stamps: Mapping[str, tuple[int, ...]] | None = None,
     threads: int | None = None,
+    large: bool = False,
     progress: Progress | None = None,
 ) -> Booked:
     """Run `plan` into `tensors` (see `read.run_plan`), by the executor that suits where they lie."""
@@ -29,8 +30,16 @@ def execute(
             root=root,
             stamps=stamps or {},
             threads=threads or 2 * default_threads(),
+            large=large,
             progress=progress,
         )
     return run_plan(
-        plan, tensors, root=root, memory=memory, stamps=stamps, threads=threads, progress=progress
+        plan,
+        tensors,
+        root=root,
+        memory=memory,
+        stamps=stamps,
+        threads=threads,
+        large=large,
+        progress=progress,
     )

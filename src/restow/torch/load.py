@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from restow.landing import Experts, Wish
 from restow.layout import Layout
 from restow.naming import Rename, check_rename, renamed
 from restow.opening import family_of, open_checkpoint
+from restow.pages import on_network
 from restow.planning import default_targets, make_plan, prepare
 from restow.plans import Plan
 from restow.problems import Problem, alike, merged
@@ -167,6 +169,7 @@ def load(
     allow_narrowed: Sequence[str] = (),
     threads: int | None = None,
     group: dist.ProcessGroup | None = None,
+    network: bool | None = None,
     progress: Progress | bool | None = None,
     strict: bool = False,
     check: bool = False,
@@ -181,9 +184,10 @@ def load(
 
     With `group`, all of whose ranks must call, the first rank of a machine reads the headers for it, and what several
     ranks hold alike is read by one of them and handed on; an error of one is raised on all (`PeerFailedError`).
+    `network` says whether the files lie on a network file system, where reads are few and large; its type does if None.
     """
     words = _Words(layout, family, rename, shard, experts, part, allow_missing, allow_unused,
-                   allow_narrowed, threads, progress, strict, check)  # fmt: skip
+                   allow_narrowed, threads, network, progress, strict, check)  # fmt: skip
     if group is None:
         return _load(source, into, words, None)
     team = Team(group)
@@ -204,6 +208,7 @@ class _Words(NamedTuple):
     allow_unused: Sequence[str]
     allow_narrowed: Sequence[str]
     threads: int | None
+    network: bool | None
     progress: Progress | bool | None
     strict: bool
     check: bool
@@ -248,6 +253,7 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
         memory=source if isinstance(source, Mapping) else None,
         stamps=opened.stamps,
         threads=threads,
+        large=_on_network(opened) if words.network is None else words.network,
         progress=_bar() if words.progress is True else (words.progress or None),
     )
     taken = team.hand_on(made, tensors) if team is not None else 0
@@ -270,6 +276,10 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
         modules=made.layouts,
         bytes_taken=taken,
     )
+
+
+def _on_network(opened: Checkpoint) -> bool:
+    return opened.path is not None and on_network(Path(opened.path))
 
 
 def _known_to(opened: Checkpoint, family: Family | None, rename: Rename) -> Callable[[str], bool]:

@@ -24,6 +24,7 @@ ALIGN = (
     512  # bytes: a tile begins in its slot as it does in its file, so that words and cache lines stay whole
 )
 SHARE = 4 << 20  # bytes that a thread reads before it looks for more
+LARGE = 16 << 20  # the same where small reads are slow
 
 Ints = npt.NDArray[np.int64]
 Piece = tuple[str, int, int, int]  # (file, first byte, bytes, where in the slot)
@@ -75,7 +76,7 @@ class _Tile(NamedTuple):
     reads: list[tuple[int, int, int]]  # (byte in the file, bytes, byte in the tile)
 
 
-def packed(plan: Plan, tensors: Mapping[str, torch.Tensor], capacity: int) -> Packed:
+def packed(plan: Plan, tensors: Mapping[str, torch.Tensor], capacity: int, share: int = SHARE) -> Packed:
     """The plan's copies cut into tiles and packed into slots of `capacity` bytes, in the order of the files.
 
     A slot holds a window of `reads` at least: what is read through is not cut further, since the plan counts it.
@@ -115,7 +116,7 @@ def packed(plan: Plan, tensors: Mapping[str, torch.Tensor], capacity: int) -> Pa
         reads.length,
         at[reads.tile] + reads.at,
     )
-    shares = list(_shares(names, *_joined(*table)))
+    shares = list(_shares(names, share, *_joined(*table)))
     counts = np.bincount([share.slot for share in shares], minlength=int(slot[-1]) + 1)
     ends = np.zeros(len(counts), np.int64)
     np.maximum.at(ends, slot, at + need[mine])
@@ -268,7 +269,7 @@ def _joined(slot: Ints, file: Ints, begin: Ints, length: Ints, at: Ints) -> tupl
     return slot[heads], file[heads], begin[heads], np.add.reduceat(length, heads), at[heads]
 
 
-def _shares(names: Sequence[str], *columns: Ints) -> Iterator[Share]:
+def _shares(names: Sequence[str], share: int, *columns: Ints) -> Iterator[Share]:
     """Reads cut into shares: as few calls as can be, each of which gives up the interpreter."""
     number, pieces, room = -1, list[Piece](), 0
     for slot, file, begin, length, at in zip(*(column.tolist() for column in columns), strict=True):
@@ -277,7 +278,7 @@ def _shares(names: Sequence[str], *columns: Ints) -> Iterator[Share]:
             if slot != number or not room:
                 if pieces:
                     yield Share(number, pieces)
-                number, pieces, room = slot, [], SHARE
+                number, pieces, room = slot, [], share
             part = min(room, length - done)
             pieces.append((names[file], begin + done, part, at + done))
             done += part

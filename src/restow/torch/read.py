@@ -23,7 +23,7 @@ from restow.coding import jobs as coded_jobs
 from restow.errors import CoverageError, IntegrityError, TruncatedFileError, UsageError, show
 from restow.files import SourceFile, open_source
 from restow.plans import Copy, Part, Plan
-from restow.reads import GAP, Spans, spans
+from restow.reads import GAP, Spans, merged, spans
 from restow.torch.decode import Decoder
 from restow.torch.decode import Landing as Decoded
 from restow.torch.dtypes import dtype_name, torch_dtype
@@ -39,6 +39,7 @@ STAGE = 16 << 20  # bytes of one tile on its way to a device
 TILE = (
     4 << 20
 )  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
+WINDOW = 48 << 20  # bytes of all threads' tiles together where reads are to be large
 KEPT = 64  # storages whose bytes a thread keeps at hand
 
 Progress = Callable[[int, int], None]
@@ -86,26 +87,29 @@ def run_plan(
     memory: Mapping[str, torch.Tensor] | None = None,
     stamps: Mapping[str, tuple[int, ...]] | None = None,
     threads: int | None = None,
+    large: bool = False,
     progress: Progress | None = None,
 ) -> Booked:
     """Run `plan` into `tensors` (target name -> local tensor of the shape the target holds), in place.
 
     `root` is the folder of the plan's files, `memory` holds the sources that are tensors. `stamps` are the files' as
     they were when the plan was made: raises `IntegrityError` where one has changed since. Raises `CoverageError` if not
-    every planned element was written, `UsageError` for `threads` below 1, and what `files` raises.
+    every planned element was written, `UsageError` for `threads` below 1, and what `files` raises. `large` asks the
+    system for all that a thread takes at once, and reads tiles as large as memory allows, not as the cache does.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError("threads as a whole number of at least 1", repr(threads))
     ledger = _Ledger()
     workers = min(threads or default_threads(), max(1, len(plan.copies)))
     queue = _Queue(_jobs(plan))
+    tile = max(TILE, min(JOB, WINDOW // workers)) if large else TILE
     total = plan.bytes if progress is not None else 0
     before = torch.get_num_threads()
     with ExitStack() as stack:
         files = _Files(stack, root, stamps or {})
         pool = [
             threading.Thread(
-                target=_work, args=(plan, tensors, memory or {}, files, queue, ledger), daemon=True
+                target=_work, args=(plan, tensors, memory or {}, files, queue, ledger, tile), daemon=True
             )
             for _ in range(workers)
         ]
@@ -260,9 +264,10 @@ def _work(
     files: _Files,
     queue: _Queue,
     ledger: _Ledger,
+    tile: int,
 ) -> None:
     torch.set_num_threads(1)  # this thread is one of ours: ATen must not start a second pool below it
-    worker = _Worker(plan, tensors, memory, files)
+    worker = _Worker(plan, tensors, memory, files, tile)
     while not ledger.stop.is_set():
         jobs = queue.take()
         if not jobs:
@@ -295,8 +300,10 @@ class _Worker:
         tensors: Mapping[str, torch.Tensor],
         memory: Mapping[str, torch.Tensor],
         files: _Files,
+        tile: int,
     ) -> None:
         self._plan, self._tensors, self._memory, self._files = plan, tensors, memory, files
+        self._limit = tile
         self._scratch, self._cast = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
         self._view = raw(self._scratch)
         self._bytes: dict[int, memoryview] = {}
@@ -307,9 +314,29 @@ class _Worker:
 
     def run(self, jobs: Sequence[_Job]) -> tuple[int, dict[int, int]]:
         """Do jobs; the bytes read, and the elements written by target."""
+        if self._limit > TILE:
+            self._announce(jobs)
         written: dict[int, int] = {}
         read = sum(self._run(job, written) for job in jobs)
         return read + self._read_due(), written
+
+    def _announce(self, jobs: Sequence[_Job]) -> None:
+        """Ask for the bytes of jobs that are whole runs of one file, neighbours in one word."""
+        runs: list[tuple[str, int, int]] = []
+        for job in jobs:
+            copy = job.copies[0]
+            part, (sizes, steps, _) = self._plan.parts[copy.source], self._plan.patterns[copy.pattern]
+            if (
+                not part.file
+                or part.coding >= 0
+                or not sizes
+                or spans(sizes, steps, self._plan.itemsize(copy))[:2] != (0, 0)
+            ):
+                continue
+            begin = part.begin + (copy.at + job.first * steps[0]) * self._plan.itemsize(copy)
+            runs.append((part.file, begin, begin + job.size))
+        for file, begin, end in merged(runs):
+            self._files.get(file).announce(begin, end - begin)
 
     def _run(self, job: _Job, written: dict[int, int]) -> int:
         plan, copy = self._plan, job.copies[0]
@@ -426,7 +453,7 @@ class _Worker:
         itemsize = dtype.itemsize
         device = any(landing.tensor.device.type != "cpu" for landing in landings)
         cast = max((x.tensor.dtype.itemsize for x in landings if x.tensor.dtype != dtype), default=0)
-        limit = STAGE if device else TILE * itemsize // (itemsize + cast)
+        limit = STAGE if device else self._limit * itemsize // (itemsize + cast)
         axis, length = tile_axis(sizes, itemsize, how, landings[0].strides, limit)
         read = 0
         for index in product(*(range(n) for n in sizes[:axis])):

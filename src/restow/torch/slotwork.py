@@ -15,7 +15,7 @@ import torch
 
 from restow.plans import Plan
 from restow.torch.across import COLUMNS, Launch, Matrix, launches, matrix_of, usable
-from restow.torch.packing import Ints, Packed, packed
+from restow.torch.packing import SHARE, Ints, Packed, packed
 
 TABLE = 1 << 20  # bytes of a slot that are kept for the table of its transposes
 WORTH = 1 << 30  # bytes of a plan from which on a kernel is worth its compilation, a second where it is new
@@ -51,10 +51,14 @@ class Job(NamedTuple):
 
 
 def prepared(
-    plan: Plan, tensors: Mapping[str, torch.Tensor], there: Sequence[torch.Tensor], worth: int = WORTH
+    plan: Plan,
+    tensors: Mapping[str, torch.Tensor],
+    there: Sequence[torch.Tensor],
+    worth: int = WORTH,
+    share: int = SHARE,
 ) -> Job:
     """Everything that can be decided before the first read; `there` are the device slots."""
-    box = packed(plan, tensors, there[0].numel() - TABLE)
+    box = packed(plan, tensors, there[0].numel() - TABLE, share)
     targets = [tensors[t.name] if t.name in tensors else torch.empty(0) for t in plan.targets]
     size = sum(length for share in box.shares for _, _, length, _ in share.pieces)
     matrices = [
