@@ -62,6 +62,15 @@ class Packed(NamedTuple):
             )
         return tuple(found)
 
+    def needs(self, codes: Runs, scales: Runs) -> Runs:
+        """The part of the weight, in whole blocks, that these places of codes and scales follow from."""
+        found = [list(dim) for dim in codes[: len(self.shape)]]
+        found[-1] = [(start * self.per, n * self.per) for start, n in found[-1]]
+        for term in self.grid.terms:
+            block = self.blocks[term.dim]
+            found[term.dim] += [(start * block, n * block) for start, n in scales[term.to]]
+        return whole_blocks([tuple(dim) for dim in found], self.shape, self.blocks)
+
 
 def packed_weights(view: Checkpoint) -> dict[str, Packed]:
     """The coded weights of a destination (`decoded(...)` of it), by their names in the view."""
@@ -143,7 +152,7 @@ def first_element(runs: Runs, shape: Sequence[int]) -> int:
     return sum(dim[0][0] * step for dim, step in zip(runs, strides_of(shape), strict=True))
 
 
-def whole_blocks(runs: Runs, shape: Sequence[int], blocks: Sequence[int]) -> Runs:
+def whole_blocks(runs: Sequence[Sequence[Run]], shape: Sequence[int], blocks: Sequence[int]) -> Runs:
     """A part grown to whole blocks."""
     found = []
     for dim, size, block in zip(runs, shape, blocks, strict=True):

@@ -115,6 +115,7 @@ def stream(
     parts: Iterator[Slice],
     hand_on: Callable[[Sequence[Filled]], None],
     *,
+    memory: Mapping[str, torch.Tensor] | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     chunk: int = CHUNK,
@@ -136,7 +137,7 @@ def stream(
                     buffers.append(torch.empty(max(need, chunk), dtype=torch.uint8))
                 if buffers[number % 2].numel() < need:
                     buffers[number % 2] = torch.empty(need, dtype=torch.uint8)
-                filled, got = fill(prepared, group, buffers[number % 2], threads=threads)
+                filled, got = fill(prepared, group, buffers[number % 2], memory=memory, threads=threads)
                 read += got
                 pending.append(pool.submit(hand_on, filled))
                 done += sum(one.tensor.nbytes for one in filled)

@@ -32,14 +32,15 @@ from restow.landing import Experts, Wish
 from restow.layout import Layout
 from restow.naming import Rename, renamed
 from restow.opening import family_of, open_checkpoint
-from restow.planning import default_targets, make_plan, prepare
+from restow.planning import default_targets, make_plan, plan_of, prepare
 from restow.plans import Plan
 from restow.problems import Problem, merged
 from restow.targets import Shard
 from restow.torch.check import check_load
 from restow.torch.dtypes import narrows
 from restow.torch.execute import execute
-from restow.torch.read import Progress
+from restow.torch.packed import fill_packed, packed_side
+from restow.torch.read import Booked, Progress
 from restow.torch.storage import Into, Slots, named_as, slot_of, slots_of
 from restow.torch.values import judge_scales
 
@@ -140,6 +141,9 @@ def plan(
         return make_plan(opened, targets, replace(wish, layout=layout or "grouped", plain=names))
     slots = slots_of(into, meta=True)
     wish = wish_of(slots, layout, known, rename, shard, experts, part)
+    packed = packed_side(opened, slots.slots, wish)
+    if packed is not None:
+        return plan_of(packed.prepared, packed.prepared.targets)
     return make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
 
 
@@ -163,7 +167,8 @@ def load(
     """Fill `into` from `source`, in place. Nothing is replaced, nothing is communicated, nothing is left unsaid.
 
     `source`: a folder, a file, a `Checkpoint`, or a mapping of names to tensors. `into`: an `nn.Module`, a list of
-    them, or a mapping of names to tensors or DTensors; casts to its dtypes. `layout` is the destination's, found from
+    them, or a mapping of names to tensors or DTensors; casts to its dtypes, and encodes where it holds codes and their
+    scales (FP8 in blocks, MXFP8, MXFP4, NF4). `layout` is the destination's, found from
     names and shapes if None. Raises before the first byte: `MissingTensorError`, `UnexpectedTensorError` (see
     `allow_missing`, `allow_unused`: `fnmatch` patterns over full names), `ShapeMismatchError`, `PrecisionError`
     (a cast that narrows an exact row), `AmbiguousLayoutError`, and what `open` finds fatal.
@@ -173,7 +178,13 @@ def load(
     opened = as_checkpoint(source, known)
     slots = named_as(slots_of(into), _known_to(opened, known, rename))
     wish = wish_of(slots, layout, known, rename, shard, experts, part)
-    made = make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
+    packed = packed_side(opened, slots.slots, wish)
+    if packed is not None and check:
+        raise UsageError("check=True with a destination of values", "one in codes")
+    if packed is not None:
+        made = plan_of(packed.prepared, packed.prepared.targets)
+    else:
+        made = make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
     missing = _allowed(made.missing, allow_missing, "allow_missing", _missing_error(opened))
     unused = _judge_unused(made, slots, opened, wish, allow_unused)
     narrowed = _narrowed(made, opened)
@@ -192,18 +203,30 @@ def load(
         warnings.append(
             f"not filled, since no checkpoint holds them: buffers {', '.join(slots.buffers[:20])}"
         )
+    memory = source if isinstance(source, Mapping) else None
+    targets = {target.name: target for target in made.targets}
     booked = execute(
-        made,
+        plan_of(packed.prepared, packed.plain(targets)) if packed is not None else made,
         {name: slot.local for name, slot in slots.slots.items()},
         root=opened.path,
-        memory=source if isinstance(source, Mapping) else None,
+        memory=memory,
         stamps=opened.stamps,
         threads=threads,
         progress=_bar() if progress is True else (progress or None),
     )
     filled = {made.targets[copy.target].name for copy in made.copies}
+    staged: dict[str, str] = {}
+    if packed is not None:
+        read, written = fill_packed(packed, targets, slots.slots, memory=memory, threads=threads)
+        booked = Booked(booked.bytes_read + read, booked.bytes_written + written)
+        given = _given(made)
+        for name, one in packed.weights.items():
+            if name in filled:
+                staged |= dict.fromkeys((one.codes, one.scale), f"encoded in {one.codec.name}")
+                narrowed[one.codes] = f"{given[name]} -> {one.codec.name}"
+        filled -= packed.weights.keys()
     if check:
-        told = _checked(opened, slots, wish, made, source if isinstance(source, Mapping) else None, threads)
+        told = _checked(opened, slots, wish, made, memory, threads)
         if strict and told:
             raise merged([problem.error for problem in told])
         warnings += [str(problem.error) for problem in told]
@@ -211,7 +234,7 @@ def load(
         bytes_read=booked.bytes_read,
         bytes_written=booked.bytes_written,
         in_place=tuple(name for name in slots.slots if name in filled),
-        staged=MappingProxyType({}),
+        staged=MappingProxyType(staged),
         narrowed=MappingProxyType(narrowed),
         unused=unused,
         missing=missing,
@@ -219,6 +242,16 @@ def load(
         seconds=time.perf_counter() - started,
         modules=made.layouts,
     )
+
+
+def _given(made: Plan) -> dict[str, str]:
+    """What fills each target: its dtype, or its codec."""
+    found = {}
+    for copy in made.copies:
+        part = made.parts[copy.source]
+        what = made.codings[part.coding].codec if part.coding >= 0 else part.dtype
+        found[made.targets[copy.target].name] = what
+    return found
 
 
 def _known_to(opened: Checkpoint, family: Family | None, rename: Rename) -> Callable[[str], bool]:
