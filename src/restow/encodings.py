@@ -17,6 +17,7 @@ from restow.errors import ConfigError, QuantizationError, UsageError, show
 from restow.family import Family
 from restow.landing import layout_of
 from restow.layout import Layout
+from restow.notation import Row
 
 
 class Encoding(NamedTuple):
@@ -82,6 +83,12 @@ def encoded_form(layout: Layout, encoding: Encoding) -> Layout:
             hint="take a layout such as split or fused",
         )
     return next(coded_layouts(layout, codec))
+
+
+def coded_dtype(row: Row, codec: Codec) -> str:
+    """The dtype in which codes, or their scales, are written: the first that the table has."""
+    end = row.role.removeprefix(row.base)
+    return next((one.dtypes[0] for one in codec.companions(True) if one.role == end), codec.dtypes[0])
 
 
 def with_quantization(config: bytes | None, encoding: Encoding, skipped: Sequence[str]) -> bytes:

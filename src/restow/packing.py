@@ -82,34 +82,33 @@ def packed_weights(view: Checkpoint) -> dict[str, Packed]:
 def _packed(coded: Coded, weights: CodedWeights) -> Packed:
     raw = weights.raw[coded.name]
     if len(coded.scales) != 1 or coded.scales[0][1].how not in ("multiply", "exponent"):
-        raise _refused(
-            coded, "codes with one scale, which encoding makes", f"{len(coded.scales)} ({coded.codec.name})"
-        )
+        found = f"{len(coded.scales)} ({coded.codec.name})"
+        raise _refused(coded.name, "codes with one scale, which encoding makes", found)
     ((scale, grid),) = coded.scales
     dtype = weights.raw[scale].dtype
     if dtype not in SCALES:
-        raise _refused(coded, f"scales in {', '.join(SCALES)} to encode with", f"{dtype} of {show(scale)}")
-    return Packed(
-        coded.codec, coded.shape, _blocks(coded, grid), coded.name, raw.shape, raw.dtype, scale, dtype, grid
-    )
+        expected = f"scales in {', '.join(SCALES)} to encode with"
+        raise _refused(coded.name, expected, f"{dtype} of {show(scale)}")
+    blocks = blocks_along(coded.shape, grid, coded.name)
+    return Packed(coded.codec, coded.shape, blocks, coded.name, raw.shape, raw.dtype, scale, dtype, grid)
 
 
-def _blocks(coded: Coded, grid: Grid) -> tuple[int, ...]:
+def blocks_along(shape: Sequence[int], grid: Grid, name: str) -> tuple[int, ...]:
     """Per dim of a weight, how many places share a scale: all of them where the scale has no such axis."""
     found = []
-    for dim, size in enumerate(coded.shape):
+    for dim, size in enumerate(shape):
         terms = [term for term in grid.terms if term.dim == dim]
         dividing = any(term.divisor > 1 for term in terms)
         whole = prod(term.size for term in terms) == size and len({term.to for term in terms}) == 1
         if terms and (not whole or (dividing and len(terms) > 1)):
-            raise _refused(coded, "scales along whole dims, to encode with", f"some along parts of dim {dim}")
+            raise _refused(name, "scales along whole dims, to encode with", f"some along parts of dim {dim}")
         found.append(terms[0].divisor if terms else max(size, 1))
     return tuple(found)
 
 
-def _refused(coded: Coded, expected: str, found: str) -> QuantizationError:
+def _refused(name: str, expected: str, found: str) -> QuantizationError:
     return QuantizationError(
-        expected, found, tensor=coded.name, sections=[("tensor", [show(coded.name)])],
+        expected, found, tensor=name, sections=[("tensor", [show(name)])],
         hint="encode with the tool that reads this format, or into one of fp8, mxfp4, mxfp8",
     )  # fmt: skip
 

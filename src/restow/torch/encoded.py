@@ -16,11 +16,11 @@ import torch
 
 from restow.checkpoint import Checkpoint, survey
 from restow.codec import read_codec
-from restow.codecs import COMPANIONS
 from restow.decoded import decoded
 from restow.encodings import (
     Encoding,
     codec_for,
+    coded_dtype,
     encoded_form,
     skipped_modules,
     with_quantization,
@@ -68,16 +68,15 @@ def encoded_targets(
     for path, module in decoded(opened).modules.items():
         experts = chosen_experts(wish.experts, path, module.sizes.get("e", 0))
         sizes = {**module.sizes, **({"e": len(experts)} if experts is not None else {})}
-        dtypes = {one.role: one.dtypes[0] for one in codec.scales}
         for row in plain.rows:
             if row.role in ("in", "out"):
                 gone.update(f"{path}.{name}" for name in row_names(row, sizes))
         for row in coded:
-            end = row.role.removeprefix(row.base)
-            dtype = dtypes[end] if end in COMPANIONS else codec.dtypes[0]
             if row.base in module.tensors:
                 shape = shape_of(row, sizes)
-                found += [whole_target(f"{path}.{n}", shape, dtype) for n in row_names(row, sizes)]
+                found += [
+                    whole_target(f"{path}.{n}", shape, coded_dtype(row, codec)) for n in row_names(row, sizes)
+                ]
     return [*found, *(target for target in targets if target.name not in gone)]
 
 

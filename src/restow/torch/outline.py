@@ -15,6 +15,17 @@ from itertools import product
 from pathlib import Path
 
 from restow.checkpoint import Checkpoint, RouterRows, survey
+from restow.codec import read_codec
+from restow.codecs import Codec
+from restow.encodings import (
+    Encoding,
+    codec_for,
+    coded_dtype,
+    encoded_form,
+    plain_form,
+    skipped_modules,
+    with_quantization,
+)
 from restow.entries import Entry, Piece
 from restow.errors import (
     ConfigError,
@@ -127,8 +138,9 @@ def new_outline(
     dtype: str | None,
     limit: int,
     config: bytes | None,
+    encoding: Encoding | None = None,
 ) -> Outline:
-    """Files for the tensors that all ranks hold together (`union`: global shapes), experts in `layout`.
+    """Files for the tensors that all ranks hold together (`union`: global shapes), experts in `layout`, by `encoding`.
 
     `tied` are further names of one memory, `shard` is the part that plain expert tensors of `union` hold, `config` the
     bytes of a config.json. Raises `UnsupportedFamilyError` where neither family nor config says how the vendor ships
@@ -177,8 +189,14 @@ def new_outline(
     )
     if found.errors:
         raise merged(found.errors)
-    to = layout_of(layout or "hf", family)
+    to = (
+        layout_of(layout or "hf", family)
+        if encoding is None
+        else plain_form(layout or "hf", family, encoding)
+    )
     assert to is not None
+    form = to if encoding is None else encoded_form(to, encoding)
+    codec = codec_for(encoding) if encoding is not None else None
     back = _backwards(rename)
     routers = RouterRows(family)
     specs: list[tuple[str, str, tuple[int, ...]]] = []
@@ -186,22 +204,29 @@ def new_outline(
         name: path for path, m in found.modules.items() for names in m.tensors.values() for name in names
     }
     done: set[str] = set()
+    others: list[tuple[str, tuple[int, ...]]] = []
     for name, target in union.items():
         path = owner.get(name)
         if path is None:
             row = routers.row(name)
             exact = row is not None and row.exact
-            specs.append((_outer_name(name, family, back), _dtype(target.dtype, dtype, exact), target.shape))
+            outer = _outer_name(name, family, back)
+            specs.append((outer, _dtype(target.dtype, dtype, exact), target.shape))
+            others.append((outer, target.shape))
         elif path not in done:
             done.add(path)
-            specs += _expert_specs(found.modules[path], union, to, layout, family, back, dtype)
+            specs += _expert_specs(found.modules[path], union, form, layout, family, back, dtype, codec)
+    if encoding is not None:
+        config = with_quantization(config, encoding, skipped_modules(others))
+        table = json.loads(config)
     files = new_files(specs, limit, {"format": "pt"})
     side = {INDEX: index_text(files)} if len(files) > 1 else {}
     if config is not None:
         side["config.json"] = config
     checkpoint = survey(
-        entries_of(files), family=family, layout=None if family else to, config=table, path="."
-    )
+        entries_of(files), family=family, layout=None if family else to, config=table, path=".",
+        codec=read_codec(table) if encoding is not None else None,
+    )  # fmt: skip
     raise_fatal(checkpoint)
     return Outline(files, side, checkpoint)
 
@@ -214,6 +239,7 @@ def _expert_specs(
     family: Family | None,
     back: Rename,
     dtype: str | None,
+    codec: Codec | None,
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     path = _outer_path(module, family, back)
     if family is not None and layout is None:
@@ -222,13 +248,16 @@ def _expert_specs(
         path = f"{layer}.{spelling.container}".strip(".")
     specs = []
     for row in to.rows:
-        if row.role not in module.tensors:
+        role = row.role if row.role in module.tensors or codec is None else row.base
+        if role not in module.tensors:
             continue
-        given = union[next(n for n in module.tensors[row.role] if n is not None)].dtype
+        given = union[next(n for n in module.tensors[role] if n is not None)].dtype
+        if codec is not None and row.role.partition(".")[2] != "bias":
+            given = coded_dtype(row, codec)
         shape = shape_of(row, module.sizes)
         for index in product(*(range(axis_size(row, axis, module.sizes)) for axis in row.name_axes)):
             name = f"{path}.{name_of(row, index, module.sizes)}"
-            specs.append((name, _dtype(given, dtype, row.exact), shape))
+            specs.append((name, _dtype(given, dtype, row.exact) if role == row.role else given, shape))
     return specs
 
 

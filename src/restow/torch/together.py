@@ -41,6 +41,7 @@ from restow.torch.peers import Peers, machine
 from restow.torch.read import Progress
 from restow.torch.storage import Slot
 from restow.torch.write import file_bytes, write_plan
+from restow.torch.write_coded import check_blocks
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Saved:
 def save_together(job: Job, holding: Holding, peers: Peers) -> Saved:
     """Plan, agree, write, publish. Called inside `peers.attempt()`."""
     outline, plan, lost = (_agree if peers.rank == 0 else _follow_plan)(job, holding, peers)
+    check_blocks(plan)
     written, notes = (_lead if peers.rank == 0 else _follow)(job, outline, plan, peers)
     return Saved(outline, written, lost, notes)
 
