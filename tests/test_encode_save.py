@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import restow
 from coded import write
@@ -16,6 +18,8 @@ from restow import errors
 from restow.boxes import strides_of
 from restow.boxing import coded_box
 from restow.coding import Coding, Grid, Term
+from save_ranks import ranks
+from save_ranks import values as values_of
 from test_encode import EXPERTS, E, plain_config, state
 
 QUANTIZE = ("fp8", "mxfp8", "mxfp4")
@@ -144,3 +148,38 @@ def test_a_byte_of_two_codes_is_not_cut() -> None:
     assert coded_box(four, "x", 8, (2, 8), (8, 1)).sizes == (2, 8)
     with pytest.raises(errors.QuantizationError):
         coded_box(coding((4, 8), (1, 1), 4), "x", 0, (4, 1), (8, 1))
+
+
+def on_two_ranks(rank: int, folder: Path) -> tuple[int, str]:
+    """EP on the experts, saved in codes; then with columns cut inside blocks; what this rank wrote, the refusal."""
+    mesh = init_device_mesh("cpu", (2,))
+    values = load_file(folder / "grouped" / "model.safetensors")
+
+    def placed(dim: int) -> dict[str, torch.Tensor]:
+        return {
+            n: distribute_tensor(t, mesh, [Shard(dim) if ".experts." in n else Replicate()])
+            for n, t in values.items()
+        }
+
+    about = plain_config(E, 192, 128)
+    report = restow.save(placed(0), folder / "ep", quantize="fp8", config=about)
+    try:
+        restow.save(placed(1), folder / "cut", quantize="fp8", config=about)
+    except errors.QuantizationError as error:
+        return report.bytes_written, str(error).splitlines()[0]
+    except errors.PeerFailedError as error:
+        return report.bytes_written, str(error)
+    return report.bytes_written, ""
+
+
+def test_ranks_write_the_codes_of_their_own_experts(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain", state(E, 192, 128), plain_config(E, 192, 128))
+    restow.convert(plain, tmp_path / "grouped", to="grouped")
+    restow.convert(plain, tmp_path / "want", to="hf", quantize="fp8")
+    found = values_of(ranks(2, tmp_path, on_two_ranks, tmp_path))
+    same(tmp_path / "ep", tmp_path / "want")
+    stored = load_file(tmp_path / "want" / "model.safetensors")
+    assert sum(own for own, _ in found) == sum(t.nbytes for t in stored.values())
+    assert all(own for own, _ in found)
+    assert all("parts of whole blocks of 128" in text for _, text in found)
+    assert not (tmp_path / "cut").exists()
