@@ -25,7 +25,16 @@ METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType({"mxfp4": ("mxfp4",), 
 MODELOPT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"NVFP4": ("nvfp4",), "FP8_PB_WO": ("fp8_modelopt",)}
 )
-KNOWN = ("fp8", *METHODS, "compressed-tensors", *(f"modelopt {algo}" for algo in MODELOPT))
+BITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"nf4": ("nf4", "nf4_experts"), "fp4": ("bnb_fp4", "bnb_fp4_experts")}
+)
+KNOWN = (
+    "fp8",
+    *METHODS,
+    "bitsandbytes (nf4, fp4)",
+    "compressed-tensors",
+    *(f"modelopt {algo}" for algo in MODELOPT),
+)
 COMPRESSED: Mapping[tuple[str, str, int], str] = MappingProxyType({  # by format, type, bits
     ("pack-quantized", "int", 4): "int4_packed",
     ("float-quantized", "float", 8): "fp8_group",
@@ -81,12 +90,15 @@ def read_codec(config: Mapping[str, object] | None) -> Announced | None:
     if said is None:
         return None
     method = said.get("quant_method")
-    skipped = said.get("modules_to_not_convert", said.get("ignore", said.get("exclude_modules")))
+    keys = ("modules_to_not_convert", "ignore", "exclude_modules", "llm_int8_skip_modules")
+    skipped = next((said[key] for key in keys if key in said), None)
     words = tuple(word for word in skipped if isinstance(word, str)) if isinstance(skipped, list) else ()
     if method == "fp8":
         return _fp8(said, words)
     if method in METHODS and isinstance(method, str):
         names, block = METHODS[method], None
+    elif method == "bitsandbytes":
+        names, block = _bitsandbytes(said), None
     elif method == "compressed-tensors":
         names, block = _compressed(said)
     elif method == "modelopt" and str(said.get("quant_algo")) in MODELOPT:
@@ -118,6 +130,25 @@ def _fp8(said: Mapping[str, object], words: tuple[str, ...]) -> Announced:
     return Announced(
         "fp8", dtype, block, words, tuple(CODECS[name]._replace(block=block or (0, 0)) for name in names)
     )
+
+
+def _bitsandbytes(said: Mapping[str, object]) -> tuple[str, ...]:
+    """The codecs of a bitsandbytes config: 4 bits, a float32 per 64 of them, bytes as storage."""
+    kind = str(said.get("bnb_4bit_quant_type", "fp4"))
+    odd = {
+        "load_in_4bit": said.get("load_in_4bit", said.get("_load_in_4bit")) is not True,
+        "bnb_4bit_quant_type": kind not in BITS,
+        "bnb_4bit_use_double_quant": said.get("bnb_4bit_use_double_quant", False) is not False,
+        "bnb_4bit_quant_storage": said.get("bnb_4bit_quant_storage", "uint8") != "uint8",
+    }
+    if any(odd.values()):
+        raise QuantizationError(
+            "bitsandbytes weights in 4 bits (nf4 or fp4) in uint8, with scales that are not quantised themselves",
+            ", ".join(f"{key} {said.get(key)!r}" for key, wrong in odd.items() if wrong),
+            path="config.json",
+            hint="decode the weights with the tool that wrote them, and restow the result",
+        )
+    return BITS[kind]
 
 
 def _compressed(said: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[int, int] | None]:

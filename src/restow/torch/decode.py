@@ -259,13 +259,14 @@ def _scale_places(
                 walk = torch.arange(size) * (local // term.stride)
                 digit = digit + walk.view((1,) * axis + (size,) + (1,) * (rank - axis - 1))
                 runs = runs or axis == rank - 1
-        where = digit // term.divisor * (term.step * box[term.to])
-        if runs and where.numel() == where.shape[-1]:
-            last = last + where.view(-1)
-        elif runs:
-            raise NotImplementedError("a block of scales over two axes, of which one is the innermost")
-        else:
-            outer = outer + where
+        step = term.step * box[term.to]
+        if not runs:
+            outer = outer + digit // term.divisor * step
+            continue
+        # Of one dim in several axes the outer ones step over whole blocks (`coded` has seen to it): they are added.
+        first = digit[(0,) * (rank - 1)]
+        last = last + first // term.divisor * step
+        outer = outer + (digit[..., :1] - first[:1]) // term.divisor * step
     return outer, last
 
 
