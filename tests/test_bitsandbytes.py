@@ -168,6 +168,128 @@ def test_what_is_refused(tmp_path: Path) -> None:
         restow.convert(odd, tmp_path / "x", to="grouped")
 
 
+# Encoding.
+
+
+def plain(folder: Path) -> tuple[Path, State]:
+    """A checkpoint of bfloat16."""
+    state = rest(E, D)
+    for e in range(E):
+        for n, k in enumerate(("gate", "up", "down")):
+            make = torch.Generator().manual_seed(3 * e + n)
+            weight = torch.randn((D, F) if k == "down" else (F, D), generator=make)
+            state[f"{EXPERTS}.{e}.{k}_proj.weight"] = weight.to(torch.bfloat16)
+    body = config({}, E, F, D)
+    del body["quantization_config"]
+    return write(folder, state, body), state
+
+
+def nearest(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Codes are the nearest of the published values times the largest of each 64."""
+    blocks = weight.float().reshape(-1, 64)
+    assert torch.equal(absmax.reshape(-1), blocks.abs().amax(1))
+    halves = torch.stack([codes.reshape(-1) >> 4, codes.reshape(-1) & 15], -1).reshape(-1, 64).long()
+    scaled = blocks.double() / absmax.reshape(-1, 1).double()
+    off = (NF4.double()[halves] - scaled).abs()
+    best = (NF4.double() - scaled[..., None]).abs().amin(-1)
+    assert float((off - best).max()) < 1e-6
+
+
+def test_nf4_is_the_nearest_published_value(tmp_path: Path) -> None:
+    folder, state = plain(tmp_path / "a")
+    report = restow.convert(folder, tmp_path / "q", to="hf", quantize="nf4")
+    assert restow.open(tmp_path / "q").problems == ()
+    assert restow.verify(tmp_path / "q").equal
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    for e in range(E):
+        for k in ("gate", "up", "down"):
+            name = f"{EXPERTS}.{e}.{k}_proj.weight"
+            assert tuple(stored[name].shape) == (F * D // 2, 1)
+            nearest(state[name], stored[name], stored[f"{name}.absmax"])
+            assert torch.equal(stored[f"{name}.quant_map"], NF4)
+            note = json.loads(bytes(stored[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+            shape = list(state[name].shape)
+            assert note == {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": shape}
+    said = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert said.pop("llm_int8_skip_modules") == ["lm_head", "model.embed_tokens", "model.layers.0.mlp.gate"]
+    assert said.items() <= about().items()
+    assert set(report.narrowed.values()) == {"BF16 -> nf4"}
+
+
+@pytest.mark.parametrize("to", ["split", "fused"])
+def test_nf4_loads_saves_and_is_stacked(tmp_path: Path, to: str) -> None:
+    """A destination in NF4, and a save in it, hold what a conversion writes, the notes too."""
+    folder, state = plain(tmp_path / "a")
+    restow.convert(folder, tmp_path / "q", to=to, quantize="nf4")
+    assert restow.open(tmp_path / "q").problems == ()
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    if to == "fused":
+        assert {n: (t.dtype, tuple(t.shape)) for n, t in stored.items() if ".experts." in n} == {
+            f"{EXPERTS}.gate_up_proj": (torch.uint8, (E, F * D)),
+            f"{EXPERTS}.gate_up_absmax": (torch.float32, (E, 2 * F * D // 64)),
+            f"{EXPERTS}.down_proj": (torch.uint8, (E, F * D // 2)),
+            f"{EXPERTS}.down_absmax": (torch.float32, (E, F * D // 64)),
+        }
+        for e in range(E):
+            down = state[f"{EXPERTS}.{e}.down_proj.weight"]
+            nearest(down, stored[f"{EXPERTS}.down_proj"][e], stored[f"{EXPERTS}.down_absmax"][e])
+    into = {name: torch.ones_like(tensor) for name, tensor in stored.items()}
+    report = restow.load(folder, into)
+    assert all(torch.equal(into[name], tensor) for name, tensor in stored.items())
+    assert set(report.staged) == {name for name in stored if ".experts." in name}
+    assert report.bytes_written == sum(t.nbytes for t in stored.values())
+    restow.convert(folder, tmp_path / "g", to="grouped")
+    body = json.loads((folder / "config.json").read_text())
+    values = load_file(tmp_path / "g" / "model.safetensors")
+    restow.save(values, tmp_path / "s", layout=to, quantize="nf4", config=body)
+    saved = load_file(tmp_path / "s" / "model.safetensors")
+    assert saved.keys() == stored.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in stored.items())
+
+
+def test_a_note_of_another_length_is_refused(tmp_path: Path) -> None:
+    folder, _ = plain(tmp_path / "a")
+    restow.convert(folder, tmp_path / "q", to="split", quantize="nf4")
+    into = load_file(tmp_path / "q" / "model.safetensors")
+    for name in [name for name in into if name.endswith("__nf4")]:
+        into[name] = torch.zeros(79, dtype=torch.uint8)
+    name = f"{EXPERTS}.0.gate_proj.weight.quant_state.bitsandbytes__nf4"
+    with pytest.raises(errors.QuantizationError) as caught:
+        restow.load(folder, into)
+    assert str(caught.value) == (
+        f"expected 80 bytes in {name}: what goes with a weight of this shape, found 79\n  tensor    {name}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["split", "fused"])
+def test_nf4_equals_bitsandbytes_own_quantizer(tmp_path: Path, to: str) -> None:
+    """To the byte, names and notes included; and `Linear4bit` takes what was written."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    folder, state = plain(tmp_path / "a")
+    restow.convert(folder, tmp_path / "q", to=to, quantize="nf4")
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    for e in range(E):
+        name = f"{EXPERTS}.{e}.down_proj.weight"
+        codes, about_it = functional.quantize_4bit(state[name], blocksize=64, quant_type="nf4")
+        if to == "fused":
+            assert torch.equal(stored[f"{EXPERTS}.down_proj"][e], codes.reshape(-1))
+            assert torch.equal(stored[f"{EXPERTS}.down_absmax"][e], about_it.absmax)
+            continue
+        theirs = {name: codes, **{f"{name}.{k}": t for k, t in about_it.as_dict(packed=True).items()}}
+        for key, tensor in theirs.items():
+            assert torch.equal(stored[key], tensor), key
+        beside = {key: stored[key] for key in theirs if key != name}
+        module = Linear4bit(F, D, bias=False, compute_dtype=torch.float32, device="meta")
+        module.weight = Params4bit.from_prequantized(stored[name], beside, device="cpu", module=module)
+        into = {n: torch.empty_like(t) for n, t in state.items()}
+        restow.load(tmp_path / "q", into)
+        weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert torch.equal(weight, into[name])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TABLES)
 def test_equals_bitsandbytes(tmp_path: Path, kind: str) -> None:

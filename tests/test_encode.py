@@ -237,7 +237,7 @@ def test_what_cannot_be_encoded_is_refused(plain: Path, tmp_path: Path) -> None:
         return str(caught.value)
 
     assert refused(errors.UsageError, quantize="int3") == (
-        "expected quantize as one of fp8, mxfp4, mxfp8, found 'int3'"
+        "expected quantize as one of fp8, mxfp4, mxfp8, nf4, found 'int3'"
     )
     assert refused(errors.QuantizationError, to="grouped") == (
         "expected rows in and out with the input axis last, as fp8 scales run along it, "
@@ -346,4 +346,4 @@ def test_on_the_command_line(plain: Path, tmp_path: Path) -> None:
     restow.convert(plain, tmp_path / "same", to="hf", quantize="mxfp8")
     assert restow.verify(tmp_path / "q", tmp_path / "same").equal
     code, text = run("convert", plain, tmp_path / "x", "--to", "hf", "--quantize", "fp9")
-    assert (code, "expected quantize as one of fp8, mxfp4, mxfp8, found 'fp9'" in text) == (2, True)
+    assert (code, "expected quantize as one of fp8, mxfp4, mxfp8, nf4, found 'fp9'" in text) == (2, True)

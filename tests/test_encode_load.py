@@ -167,7 +167,7 @@ def test_what_is_refused(plain: Path, tmp_path: Path) -> None:
     assert refused(errors.QuantizationError, half) == (
         f"expected scales in F32, F8_E8M0, U8 to encode with, found BF16 of {EXPERTS}.w1_scale_inv\n"
         f"  tensor    {EXPERTS}.w1\n"
-        "  try       encode with the tool that reads this format, or into one of fp8, mxfp4, mxfp8"
+        "  try       encode with the tool that reads this format, or into one of fp8, mxfp4, mxfp8, nf4"
     )
     lost = {n: t for n, t in poured(stored).items() if n != f"{EXPERTS}.w2_scale_inv"}
     refused(errors.RestowError, lost)

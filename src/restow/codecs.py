@@ -7,7 +7,8 @@
 A codec is a record: what an element's bits mean, and rows below the weight's name `{}` (`{-}`: without `.weight`,
 `{_}`: without `_proj`). `r c` stand for the weight's last two dims, `rc` for both in one, `R C` for the block that the
 config announces, `?` for a length that only the file says; dims before the last two stay before them.
-Companions (`scale`, `scale2`) say how they act on the element; `spare` rows are carried along and change no value.
+Companions (`scale`, `scale2`) say how they act on the element; `spare` rows are carried along and change no value, or
+follow from this table: the element's `values`, a `note` of type and shape.
 Nothing here knows files. Rejected are weights that a codec cannot say: `None`.
 """
 
@@ -24,6 +25,7 @@ FLOATS = ("F32", "F16", "BF16")
 WORD_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32}
 COMPANIONS = (".scale", ".scale2", ".spare", ".spare2")  # what the roles of companion rows end with
 CODES = ".codes"
+ACTS = ("multiply", "divide", "exponent", "values", "note")
 
 TABLE = """
 fp8                e4m3  8  F8_E4M3
@@ -80,13 +82,13 @@ nvfp4_packed       e2m1  4  U8
 nf4                nf4   4  U8
   codes    {}                    rc/2 1
   scale    {}.absmax             rc/64        multiply  F32
-  spare    {}.quant_map          16
-  spare2   {}.quant_state.bitsandbytes__nf4  ?
+  spare    {}.quant_map          16           values    F32
+  spare2   {}.quant_state.bitsandbytes__nf4  ?  note  U8
 bnb_fp4            bnb_fp4  4  U8
   codes    {}                    rc/2 1
   scale    {}.absmax             rc/64        multiply  F32
-  spare    {}.quant_map          16
-  spare2   {}.quant_state.bitsandbytes__fp4  ?
+  spare    {}.quant_map          16           values    F32
+  spare2   {}.quant_state.bitsandbytes__fp4  ?  note  U8
 nf4_experts        nf4   4  U8
   codes    {}                    rc/2
   scale    {_}_absmax            rc/64        multiply  F32
@@ -147,9 +149,7 @@ def parse_codecs(text: str) -> dict[str, Codec]:
             found[name] = last = Codec(name, element, int(bits), tuple(dtypes), Companion("", "", ()), ())
             continue
         role, spelled, *rest = words
-        cut = next(
-            (i for i, word in enumerate(rest) if word in ("multiply", "divide", "exponent")), len(rest)
-        )
+        cut = next((i for i, word in enumerate(rest) if word in ACTS), len(rest))
         how, dtypes = (rest[cut], rest[cut + 1 :]) if cut < len(rest) else ("", [])
         row = Companion(f".{role}", spelled, tuple(w for w in rest[:cut] if w != "-"), how, tuple(dtypes))
         if role == "codes":

@@ -23,13 +23,15 @@ from restow.notation import Row
 class Encoding(NamedTuple):
     """A codec of the table, the `form` of experts that vendors ship it in, and what their configs say of it.
 
-    `skip` is the key that names modules left as they are.
+    `skip` is the key that names modules left as they are; `stacked` is the codec of weights of all experts in one
+    tensor, where that is another.
     """
 
     codec: str
     form: str
     section: Mapping[str, Any]
     skip: str = "modules_to_not_convert"
+    stacked: str = ""
 
 
 ENCODINGS: Mapping[str, Encoding] = MappingProxyType({
@@ -41,6 +43,10 @@ ENCODINGS: Mapping[str, Encoding] = MappingProxyType({
         "quant_method": "mxfp8", "fmt": "e4m3", "weight_block_size": [1, 32], "scale_fmt": "ue8m0",
         "activation_scheme": "dynamic",
     }),
+    "nf4": Encoding("nf4", "split", {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False, "bnb_4bit_quant_storage": "uint8", "bnb_4bit_compute_dtype": "bfloat16",
+    }, "llm_int8_skip_modules", "nf4_experts"),
 })  # fmt: skip
 
 
@@ -51,10 +57,11 @@ def encoding_of(name: str) -> Encoding:
     return ENCODINGS[name]
 
 
-def codec_for(encoding: Encoding) -> Codec:
-    """The codec of an encoding, with the block that its config announces."""
+def codec_for(encoding: Encoding, layout: Layout) -> Codec:
+    """The codec of an encoding in a layout, with the block that its config announces."""
     rows, columns = encoding.section.get("weight_block_size", (0, 0))
-    return CODECS[encoding.codec]._replace(block=(rows, columns))
+    stacked = encoding.stacked if len(layout.row("in").dims) > 2 else ""
+    return CODECS[stacked or encoding.codec]._replace(block=(rows, columns))
 
 
 def plain_form(to: str | Layout, family: Family | None, encoding: Encoding) -> Layout:
@@ -74,15 +81,16 @@ def _apart(layout: Layout) -> bool:
 
 
 def encoded_form(layout: Layout, encoding: Encoding) -> Layout:
-    """A layout with rows for codes and scales. Raises `QuantizationError` where a row has none."""
-    codec = codec_for(encoding)
+    """A plain layout with rows for codes and all that goes with them. Raises `QuantizationError` where a row has none."""
+    codec = codec_for(encoding, layout)
     if not is_linear(layout) or any(row.base not in ("in", "out") for row in layout.rows):
         raise QuantizationError(
             f"rows in and out with the input axis last, as {codec.name} scales run along it",
             "; ".join(str(row) for row in layout.rows),
             hint="take a layout such as split or fused",
         )
-    return next(coded_layouts(layout, codec))
+    *_, whole = coded_layouts(layout, codec)  # with what lies beside every weight
+    return whole
 
 
 def coded_dtype(row: Row, codec: Codec) -> str:

@@ -109,7 +109,7 @@ def blocks_along(shape: Sequence[int], grid: Grid, name: str) -> tuple[int, ...]
 def _refused(name: str, expected: str, found: str) -> QuantizationError:
     return QuantizationError(
         expected, found, tensor=name, sections=[("tensor", [show(name)])],
-        hint="encode with the tool that reads this format, or into one of fp8, mxfp4, mxfp8",
+        hint="encode with the tool that reads this format, or into one of fp8, mxfp4, mxfp8, nf4",
     )  # fmt: skip
 
 

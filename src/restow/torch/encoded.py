@@ -11,11 +11,15 @@ import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from restow.checkpoint import Checkpoint, survey
 from restow.codec import read_codec
+from restow.codecs import CODES
+from restow.coded import value_dtype
+from restow.constants import Constant, constants_of, note_sizes
 from restow.decoded import decoded
 from restow.encodings import (
     Encoding,
@@ -48,6 +52,15 @@ class Packing:
 
     written: Prepared
     weights: Mapping[str, Packed]
+    constants: Mapping[str, Constant]
+
+    @cached_property
+    def beside(self) -> Mapping[str, tuple[str, ...]]:
+        """The tensors that are written with a tensor of codes and hold always the same."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, (codes, _) in self.constants.items():
+            found[codes] = (*found.get(codes, ()), name)
+        return found
 
 
 def encoded_config(opened: Checkpoint, config: bytes | None, encoding: Encoding) -> bytes:
@@ -61,13 +74,16 @@ def encoded_targets(
     opened: Checkpoint, targets: Sequence[Target], plain: Layout, encoding: Encoding, wish: Wish
 ) -> list[Target]:
     """The plain targets of a conversion with those of the experts' weights in codes and scales."""
-    codec, layout = codec_for(encoding), encoded_form(plain, encoding)
+    codec, layout = codec_for(encoding, plain), encoded_form(plain, encoding)
     coded = [row for row in layout.rows if row.role.partition(".")[2] != "bias"]
     found: list[Target] = []
     gone: set[str] = set()
     for path, module in decoded(opened).modules.items():
         experts = chosen_experts(wish.experts, path, module.sizes.get("e", 0))
         sizes = {**module.sizes, **({"e": len(experts)} if experts is not None else {})}
+        for row in coded:
+            if row.role.endswith(CODES) and row.base in module.tensors:
+                sizes |= note_sizes(codec, row, sizes, value_dtype(opened.config))
         for row in plain.rows:
             if row.role in ("in", "out"):
                 gone.update(f"{path}.{name}" for name in row_names(row, sizes))
@@ -105,7 +121,7 @@ def packing_of(
     prepared = prepare(opened, targets, replace(wish, layout=None), view.modules)
     own = {t.name: whole_target(t.name, t.shape, t.dtype) for file in files for t in file.tensors}
     written = Prepared(prepared.source, own, wish, seen.modules, {}, owners_of(seen.modules), prepared.plain)
-    return prepared, Packing(written, weights)
+    return prepared, Packing(written, weights, constants_of(seen.modules, value_dtype(about)))
 
 
 def encoded_slices(
@@ -114,17 +130,18 @@ def encoded_slices(
     """What is filled for files in codes, those in `kept` apart: plain tensors as they lie, weights in whole blocks."""
     where = {tensor.name: file.name for file in files for tensor in file.tensors}
     raw = {packed.codes: name for name, packed in packing.weights.items()}
-    scales = {packed.scale for packed in packing.weights.values()}
+    others = {packed.scale for packed in packing.weights.values()} | packing.constants.keys()
     for file in files:
         for tensor in file.tensors:
-            if tensor.name in scales or tensor.end == tensor.begin:
+            if tensor.name in others or tensor.end == tensor.begin:
                 continue
             if tensor.name not in raw:
                 if file.name not in kept:
                     yield from slices(prepared.targets[tensor.name], limit)
                 continue
             packed = packing.weights[raw[tensor.name]]
-            if file.name in kept and where[packed.scale] in kept:
+            names = (packed.codes, packed.scale, *packing.beside.get(packed.codes, ()))
+            if all(where[name] in kept for name in names):
                 continue
             target = prepared.targets[raw[tensor.name]]
             for runs in pieces(target.runs, packed.blocks, CHUNK):
@@ -154,6 +171,11 @@ def coded_chunks(
                 target = packing.written.targets[name]._replace(runs=runs_there)
                 offset = first_element(runs_there, target.shape) * DTYPE_BITS[target.dtype] // 8
                 found.append(Filled(Slice(target, offset), _shaped(target, tensor)))
+        if one.slice.offset == 0:
+            for name in (n for n in packing.beside.get(packed.codes, ()) if n not in kept):
+                data = torch.frombuffer(bytearray(packing.constants[name].data), dtype=torch.uint8)
+                target = packing.written.targets[name]
+                found.append(Filled(Slice(target, 0), _shaped(target, data)))
     return found
 
 

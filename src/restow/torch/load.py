@@ -224,6 +224,7 @@ def load(
             if name in filled:
                 staged |= dict.fromkeys((one.codes, one.scale), f"encoded in {one.codec.name}")
                 narrowed[one.codes] = f"{given[name]} -> {one.codec.name}"
+        staged |= {name: staged[codes] for name, (codes, _) in packed.constants.items() if codes in staged}
         filled -= packed.weights.keys()
     if check:
         told = _checked(opened, slots, wish, made, memory, threads)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
 
 from restow.checkpoint import Checkpoint, RouterRows, survey
 from restow.codec import read_codec
-from restow.codecs import Codec
+from restow.codecs import CODES, Codec
+from restow.coded import value_dtype
+from restow.constants import constants_of, note_sizes
 from restow.encodings import (
     Encoding,
     codec_for,
@@ -59,6 +62,7 @@ class Outline:
     side: Mapping[str, bytes]
     checkpoint: Checkpoint
     like: str | None = None
+    constants: Mapping[str, bytes] = field(default_factory=dict)  # tensors that follow from a codec alone
 
     def digest(self) -> str:
         """One text for all that is written but the values: ranks compare it."""
@@ -196,7 +200,7 @@ def new_outline(
     )
     assert to is not None
     form = to if encoding is None else encoded_form(to, encoding)
-    codec = codec_for(encoding) if encoding is not None else None
+    codec = codec_for(encoding, to) if encoding is not None else None
     back = _backwards(rename)
     routers = RouterRows(family)
     specs: list[tuple[str, str, tuple[int, ...]]] = []
@@ -215,7 +219,15 @@ def new_outline(
             others.append((outer, target.shape))
         elif path not in done:
             done.add(path)
-            specs += _expert_specs(found.modules[path], union, form, layout, family, back, dtype, codec)
+            module = found.modules[path]
+            if codec is not None:
+                noted = [
+                    note_sizes(codec, row, module.sizes, _value(dtype, table))
+                    for row in form.rows
+                    if row.role.endswith(CODES)
+                ]
+                module = replace(module, sizes={**module.sizes, **dict(ChainMap(*noted))})
+            specs += _expert_specs(module, union, form, layout, family, back, dtype, codec)
     if encoding is not None:
         config = with_quantization(config, encoding, skipped_modules(others))
         table = json.loads(config)
@@ -228,7 +240,13 @@ def new_outline(
         codec=read_codec(table) if encoding is not None else None,
     )  # fmt: skip
     raise_fatal(checkpoint)
-    return Outline(files, side, checkpoint)
+    same = constants_of(checkpoint.modules, _value(dtype, table)) if codec is not None else {}
+    return Outline(files, side, checkpoint, constants={name: one.data for name, one in same.items()})
+
+
+def _value(dtype: str | None, config: Mapping[str, object] | None) -> str:
+    """What codes decode to."""
+    return dtype or value_dtype(config)
 
 
 def _expert_specs(

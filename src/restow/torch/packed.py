@@ -13,14 +13,18 @@ from itertools import product
 
 import torch
 
+from restow.boxes import whole
 from restow.checkpoint import Checkpoint
 from restow.codec import Announced, read_codec
+from restow.coded import value_dtype
+from restow.constants import Constant, constants_of
 from restow.decoded import decoded
 from restow.encodings import ENCODINGS
 from restow.entries import Entry, Piece
-from restow.errors import RestowError, UsageError
+from restow.errors import QuantizationError, RestowError, UsageError, show
 from restow.find import Module
 from restow.landing import Wish, find_landing, pair_modules
+from restow.outfiles import nbytes
 from restow.packing import Packed, packed_weights, pieces
 from restow.planning import Prepared, prepare
 from restow.targets import Runs, Target
@@ -40,6 +44,7 @@ class PackedSide:
 
     prepared: Prepared
     weights: Mapping[str, Packed]
+    constants: Mapping[str, Constant]
 
     def plain(self, targets: Mapping[str, Target]) -> dict[str, Target]:
         """The targets that are filled in place."""
@@ -96,7 +101,18 @@ def _in_codec(
             continue
         runs = packed.needs(targets[packed.codes].runs, targets[packed.scale].runs)
         chosen.append(Target(name, packed.shape, "F32", runs))
-    return PackedSide(prepare(opened, chosen, wish, view.modules), weights)
+    constants = constants_of(modules, value_dtype(opened.config))
+    constants = {name: one for name, one in constants.items() if one.codes in weights}
+    for name, (_, data) in constants.items():
+        size = nbytes(targets[name].dtype, targets[name].shape)
+        if size != len(data):
+            raise QuantizationError(
+                f"{len(data)} bytes in {show(name)}: what goes with a weight of this shape",
+                f"{size}",
+                tensor=name,
+                sections=[("tensor", [show(name)])],
+            )
+    return PackedSide(prepare(opened, chosen, wish, view.modules), weights, constants)
 
 
 def _entry(target: Target) -> Entry:
@@ -160,6 +176,10 @@ def fill_packed(
             for runs in pieces(targets[name].runs, packed.blocks, CHUNK)
         )
         read = stream(side.prepared, parts, hand_on, memory=memory, threads=threads, chunk=4 * CHUNK)
+    for name, (codes, data) in side.constants.items():
+        if codes in targets:
+            runs = whole(slots[name].target.shape)
+            written += put(slots[name], runs, torch.frombuffer(bytearray(data), dtype=torch.uint8))
     return read, written
 
 

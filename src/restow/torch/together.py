@@ -153,7 +153,13 @@ def _lead(job: Job, outline: Outline, plan: Plan, peers: Peers) -> tuple[int, tu
             token = sha256(os.urandom(16)).hexdigest()
             leave_witness(folder, token)
             peers.say("begin", json.dumps([token, str(folder), page]))
-        written = _fill(job, plan, staging.write, page, folder, peers, heads=outline.files)
+        written = sum(
+            staging.write(file.name, tensor.begin, memoryview(outline.constants[tensor.name]))
+            for file in outline.files
+            for tensor in file.tensors
+            if tensor.name in outline.constants
+        )
+        written += _fill(job, plan, staging.write, page, folder, peers, heads=outline.files)
         for rank in range(1, peers.size):
             for name, count in json.loads(peers.hear("written", rank)).items():
                 staging.book(name, count)
