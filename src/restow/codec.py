@@ -14,11 +14,13 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from restow.codecs import CODECS, COMPANIONS, Codec, coded_layouts, is_linear
+from restow.entries import Entry
 from restow.errors import ConfigError, QuantizationError, RestowError, show
 from restow.family import Spelling
 
 SECTIONS = ("quantization_config", "compression_config")
 SUFFIX = "_scale_inv"
+ACROSS = "_weight_scale"  # of stacked weights that have no `.weight` in their names
 SCALE = ".scale"  # what the role of a companion row ends with
 BLOCK_LIMIT = 2**20
 METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType({"mxfp4": ("mxfp4",), "mxfp8": ("mxfp8",)})
@@ -218,6 +220,38 @@ def with_scales(spellings: Sequence[Spelling], said: Announced | None) -> tuple[
         for layout in coded_layouts(s.layout, codec)
     ]
     return (*coded, *spellings)
+
+
+def packed_across(tensors: Mapping[str, Entry], said: Announced | None) -> RestowError | None:
+    """What is wrong with stacked codes that are packed along the input axis where that is not the last, if any are.
+
+    NVFP4 of Llama 4: bytes [E, in/2, out] beside scales [E, in/16, out]. Rows pack along the last dim alone.
+    """
+    words = {
+        dtype
+        for codec in (said.codecs if said is not None else ())
+        if codec.bits < 8
+        for dtype in codec.dtypes
+    }
+    if not words:
+        return None
+    found = []
+    for name, entry in tensors.items():
+        if entry.dtype not in words or len(entry.shape) != 3 or name + ACROSS not in tensors:
+            continue
+        scale = tensors[name + ACROSS].shape
+        if len(scale) == 3 and scale[::2] == entry.shape[::2] and scale[1] < entry.shape[1]:
+            found.append(name)
+    if not found:
+        return None
+    first = tensors[found[0]]
+    return QuantizationError(
+        "codes packed along the last dim, as in [E, out, in/2]",
+        f"{first.dtype} {list(first.shape)} packed along dim 1 in {len(found)} tensors",
+        tensor=found[0],
+        sections=[("tensors", (f"{show(n)} {list(tensors[n].shape)}" for n in found))],
+        hint="take the checkpoint in bfloat16 or FP8, or decode this one with the tool that wrote it",
+    )
 
 
 def lost_scales(names: Sequence[str]) -> RestowError:
