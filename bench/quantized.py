@@ -78,7 +78,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--small", action="store_true", help="a few MB: shows that it works, measures nothing"
+    )
     args = parser.parse_args()
+    if args.small:
+        args.experts, args.inner, args.width, args.rounds = 4, 256, 512, 1
     sizes = args.experts, args.inner, args.width
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

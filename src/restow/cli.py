@@ -122,6 +122,9 @@ def convert(
         Path | None, typer.Option(metavar="FILE", help="Expert numbers to keep, in this order (JSON).")
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="bf16, f16 or f32 for weights.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Encode the experts: fp8, mxfp4, mxfp8 or nf4.")
+    ] = None,
     keep_quantized: Annotated[
         bool, typer.Option("--keep-quantized", help="Carry codes and scales as they are.")
     ] = False,
@@ -137,6 +140,7 @@ def convert(
 ) -> Answer:
     """Write a checkpoint in another layout; checked before, published at once, undone with --to source."""
     from restow.answers import converted
+    from restow.encodings import encoding_of
     from restow.landing import layout_of
     from restow.opening import open_checkpoint
     from restow.planning import refuse
@@ -146,13 +150,15 @@ def convert(
     assert wanted is not None
     if wanted not in ("hf", "source"):
         layout_of(wanted, opened.family)  # an unknown name ends here, before torch is imported
+    if quantize is not None:
+        encoding_of(quantize)
     refuse(opened, strict)  # and so does a bad input
     from restow.torch.convert import convert as do
 
     report = do(
-        opened, target, to=wanted, experts=experts_option(keep_experts), dtype=dtype_option(dtype), keep_quantized=keep_quantized,
-        max_shard_bytes=max_shard_bytes, threads=threads, replace=replace, sha256=sha256, strict=strict,
-        progress=not json_ and sys.stderr.isatty(),
+        opened, target, to=wanted, experts=experts_option(keep_experts), dtype=dtype_option(dtype), quantize=quantize,
+        keep_quantized=keep_quantized, max_shard_bytes=max_shard_bytes, threads=threads, replace=replace, sha256=sha256,
+        strict=strict, progress=not json_ and sys.stderr.isatty(),
     )  # fmt: skip
     return converted(report, source, like=keep_experts is None and not report.narrowed)
 

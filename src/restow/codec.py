@@ -14,18 +14,29 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from restow.codecs import CODECS, COMPANIONS, Codec, coded_layouts, is_linear
+from restow.entries import Entry
 from restow.errors import ConfigError, QuantizationError, RestowError, show
 from restow.family import Spelling
 
 SECTIONS = ("quantization_config", "compression_config")
 SUFFIX = "_scale_inv"
+ACROSS = "_weight_scale"  # of stacked weights that have no `.weight` in their names
 SCALE = ".scale"  # what the role of a companion row ends with
 BLOCK_LIMIT = 2**20
 METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType({"mxfp4": ("mxfp4",), "mxfp8": ("mxfp8",)})
 MODELOPT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"NVFP4": ("nvfp4",), "FP8_PB_WO": ("fp8_modelopt",)}
 )
-KNOWN = ("fp8", *METHODS, "compressed-tensors", *(f"modelopt {algo}" for algo in MODELOPT))
+BITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"nf4": ("nf4", "nf4_experts"), "fp4": ("bnb_fp4", "bnb_fp4_experts")}
+)
+KNOWN = (
+    "fp8",
+    *METHODS,
+    "bitsandbytes (nf4, fp4)",
+    "compressed-tensors",
+    *(f"modelopt {algo}" for algo in MODELOPT),
+)
 COMPRESSED: Mapping[tuple[str, str, int], str] = MappingProxyType({  # by format, type, bits
     ("pack-quantized", "int", 4): "int4_packed",
     ("float-quantized", "float", 8): "fp8_group",
@@ -81,12 +92,15 @@ def read_codec(config: Mapping[str, object] | None) -> Announced | None:
     if said is None:
         return None
     method = said.get("quant_method")
-    skipped = said.get("modules_to_not_convert", said.get("ignore", said.get("exclude_modules")))
+    keys = ("modules_to_not_convert", "ignore", "exclude_modules", "llm_int8_skip_modules")
+    skipped = next((said[key] for key in keys if key in said), None)
     words = tuple(word for word in skipped if isinstance(word, str)) if isinstance(skipped, list) else ()
     if method == "fp8":
         return _fp8(said, words)
     if method in METHODS and isinstance(method, str):
         names, block = METHODS[method], None
+    elif method == "bitsandbytes":
+        names, block = _bitsandbytes(said), None
     elif method == "compressed-tensors":
         names, block = _compressed(said)
     elif method == "modelopt" and str(said.get("quant_algo")) in MODELOPT:
@@ -118,6 +132,25 @@ def _fp8(said: Mapping[str, object], words: tuple[str, ...]) -> Announced:
     return Announced(
         "fp8", dtype, block, words, tuple(CODECS[name]._replace(block=block or (0, 0)) for name in names)
     )
+
+
+def _bitsandbytes(said: Mapping[str, object]) -> tuple[str, ...]:
+    """The codecs of a bitsandbytes config: 4 bits, a float32 per 64 of them, bytes as storage."""
+    kind = str(said.get("bnb_4bit_quant_type", "fp4"))
+    odd = {
+        "load_in_4bit": said.get("load_in_4bit", said.get("_load_in_4bit")) is not True,
+        "bnb_4bit_quant_type": kind not in BITS,
+        "bnb_4bit_use_double_quant": said.get("bnb_4bit_use_double_quant", False) is not False,
+        "bnb_4bit_quant_storage": said.get("bnb_4bit_quant_storage", "uint8") != "uint8",
+    }
+    if any(odd.values()):
+        raise QuantizationError(
+            "bitsandbytes weights in 4 bits (nf4 or fp4) in uint8, with scales that are not quantised themselves",
+            ", ".join(f"{key} {said.get(key)!r}" for key, wrong in odd.items() if wrong),
+            path="config.json",
+            hint="decode the weights with the tool that wrote them, and restow the result",
+        )
+    return BITS[kind]
 
 
 def _compressed(said: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[int, int] | None]:
@@ -187,6 +220,38 @@ def with_scales(spellings: Sequence[Spelling], said: Announced | None) -> tuple[
         for layout in coded_layouts(s.layout, codec)
     ]
     return (*coded, *spellings)
+
+
+def packed_across(tensors: Mapping[str, Entry], said: Announced | None) -> RestowError | None:
+    """What is wrong with stacked codes that are packed along the input axis where that is not the last, if any are.
+
+    NVFP4 of Llama 4: bytes [E, in/2, out] beside scales [E, in/16, out]. Rows pack along the last dim alone.
+    """
+    words = {
+        dtype
+        for codec in (said.codecs if said is not None else ())
+        if codec.bits < 8
+        for dtype in codec.dtypes
+    }
+    if not words:
+        return None
+    found = []
+    for name, entry in tensors.items():
+        if entry.dtype not in words or len(entry.shape) != 3 or name + ACROSS not in tensors:
+            continue
+        scale = tensors[name + ACROSS].shape
+        if len(scale) == 3 and scale[::2] == entry.shape[::2] and scale[1] < entry.shape[1]:
+            found.append(name)
+    if not found:
+        return None
+    first = tensors[found[0]]
+    return QuantizationError(
+        "codes packed along the last dim, as in [E, out, in/2]",
+        f"{first.dtype} {list(first.shape)} packed along dim 1 in {len(found)} tensors",
+        tensor=found[0],
+        sections=[("tensors", (f"{show(n)} {list(tensors[n].shape)}" for n in found))],
+        hint="take the checkpoint in bfloat16 or FP8, or decode this one with the tool that wrote it",
+    )
 
 
 def lost_scales(names: Sequence[str]) -> RestowError:

@@ -4,9 +4,11 @@
       codes    {}             r c
       scale    {}_scale_inv   r/R c/C   multiply  F32 F16 BF16 F8_E8M0
 
-A codec is a record: what an element's bits mean, and rows below the weight's name `{}` (`{-}`: without `.weight`).
-`r c` stand for the weight's last two dims, `R C` for the block that the config announces, `s` for dims before them.
-Companions (`scale`, `scale2`) say how they act on the element; `spare` rows are carried along and change no value.
+A codec is a record: what an element's bits mean, and rows below the weight's name `{}` (`{-}`: without `.weight`,
+`{_}`: without `_proj`). `r c` stand for the weight's last two dims, `rc` for both in one, `R C` for the block that the
+config announces, `?` for a length that only the file says; dims before the last two stay before them.
+Companions (`scale`, `scale2`) say how they act on the element; `spare` rows are carried along and change no value, or
+follow from this table: the element's `values`, a `note` of type and shape.
 Nothing here knows files. Rejected are weights that a codec cannot say: `None`.
 """
 
@@ -23,6 +25,7 @@ FLOATS = ("F32", "F16", "BF16")
 WORD_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32}
 COMPANIONS = (".scale", ".scale2", ".spare", ".spare2")  # what the roles of companion rows end with
 CODES = ".codes"
+ACTS = ("multiply", "divide", "exponent", "values", "note")
 
 TABLE = """
 fp8                e4m3  8  F8_E4M3
@@ -76,6 +79,22 @@ nvfp4_packed       e2m1  4  U8
   scale    {}_scale              r c/16       multiply  F8_E4M3
   scale2   {}_global_scale       1            divide    F32
   spare    {-}.input_global_scale  1
+nf4                nf4   4  U8
+  codes    {}                    rc/2 1
+  scale    {}.absmax             rc/64        multiply  F32
+  spare    {}.quant_map          16           values    F32
+  spare2   {}.quant_state.bitsandbytes__nf4  ?  note  U8
+bnb_fp4            bnb_fp4  4  U8
+  codes    {}                    rc/2 1
+  scale    {}.absmax             rc/64        multiply  F32
+  spare    {}.quant_map          16           values    F32
+  spare2   {}.quant_state.bitsandbytes__fp4  ?  note  U8
+nf4_experts        nf4   4  U8
+  codes    {}                    rc/2
+  scale    {_}_absmax            rc/64        multiply  F32
+bnb_fp4_experts    bnb_fp4  4  U8
+  codes    {}                    rc/2
+  scale    {_}_absmax            rc/64        multiply  F32
 """
 
 
@@ -130,9 +149,7 @@ def parse_codecs(text: str) -> dict[str, Codec]:
             found[name] = last = Codec(name, element, int(bits), tuple(dtypes), Companion("", "", ()), ())
             continue
         role, spelled, *rest = words
-        cut = next(
-            (i for i, word in enumerate(rest) if word in ("multiply", "divide", "exponent")), len(rest)
-        )
+        cut = next((i for i, word in enumerate(rest) if word in ACTS), len(rest))
         how, dtypes = (rest[cut], rest[cut + 1 :]) if cut < len(rest) else ("", [])
         row = Companion(f".{role}", spelled, tuple(w for w in rest[:cut] if w != "-"), how, tuple(dtypes))
         if role == "codes":
@@ -170,7 +187,9 @@ def is_linear(layout: Layout) -> bool:
 
 def spelled(pattern: str, name: str) -> str:
     """The name of a weight's companion, or of its codes."""
-    return pattern.replace("{-}", name.removesuffix(".weight")).replace("{}", name)
+    for word, end in (("{-}", ".weight"), ("{_}", "_proj"), ("{}", "")):
+        pattern = pattern.replace(word, name.removesuffix(end))
+    return pattern
 
 
 def weight_of(pattern: str, name: str) -> str | None:
@@ -191,14 +210,18 @@ def _row(row: Row, companion: Companion, codec: Codec) -> Row:
     if companion is codec.codes and companion.dims == ("r", "c"):
         role = row.role
     stack, matrix = row.dims[:-2], dict(zip("rc", row.dims[-2:], strict=True))
-    dims = [dim for word in companion.dims for dim in [_dim(word, matrix, codec.block)] if dim is not None]
+    dims = [_dim(word, matrix, codec.block, row.base) for word in companion.dims]
     if not companion.dims or (companion.role.startswith(".spare") and companion.dims == ("2",)):
         stack = ()
     return Row(role, name, (*stack, *dims))
 
 
-def _dim(word: str, matrix: dict[str, Dim], block: tuple[int, int]) -> Dim | None:
+def _dim(word: str, matrix: dict[str, Dim], block: tuple[int, int], base: str) -> Dim:
     letter, _, by = word.partition("/")
+    if letter == "rc":
+        return Dim((*matrix["r"].factors, *matrix["c"].factors), int(by))
+    if letter == "?":
+        return Dim((Factor(f"s{base}"),))
     if letter not in matrix:
         return Dim((Factor("", 1, int(word)),))
     divisor = int(by) if by.isdecimal() else {"": 1, "R": block[0], "C": block[1]}[by]
@@ -231,6 +254,8 @@ def logical(row: Row, bits: int, word: int) -> Row | None:
             if not factor.fixed or left % factor.fixed:
                 return None
             left //= factor.fixed
+            continue
+        if factor.fixed == 1:
             continue
         by = dim.divisor if dim.divisor != 1 else factor.divisor if len(dim.factors) == 1 else 1
         if by == 1:

@@ -7,10 +7,12 @@ codes or scales in several pieces.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 from restow.boxes import strides_of
@@ -19,9 +21,12 @@ from restow.codecs import CODES, COMPANIONS, WORD_BITS, Codec, coded_layouts, lo
 from restow.coding import Grid, Term
 from restow.entries import DTYPE_BITS, Entry
 from restow.errors import QuantizationError, show
+from restow.files import open_source
 from restow.find import Module
 from restow.layout import Layout, axis_size, shape_of
 from restow.notation import Dim, Factor, Row, dim_keys
+
+NOTE_LIMIT = 4096  # bytes of the JSON beside a weight of bitsandbytes
 
 
 class Coded(NamedTuple):
@@ -64,10 +69,11 @@ class DecodedTensors(Mapping[str, Entry]):
             return self._view.raw[name]
         coded = self._view[name]
         raw = self._view.raw[coded.name]
-        if raw.shape == coded.shape:
-            return Entry(self._view.dtype, coded.shape, raw.pieces)
-        box = tuple((0, n) for n in coded.shape)  # packed, in one piece
-        return Entry(self._view.dtype, coded.shape, (raw.pieces[0]._replace(box=box),))
+        shape = self._view.matrices.get(name, coded.shape)
+        if raw.shape == shape:
+            return Entry(self._view.dtype, shape, raw.pieces)
+        box = tuple((0, n) for n in shape)  # packed, in one piece
+        return Entry(self._view.dtype, shape, (raw.pieces[0]._replace(box=box),))
 
     def __iter__(self) -> Iterator[str]:
         names = self._view.names
@@ -97,6 +103,7 @@ class CodedWeights(Mapping[str, Coded]):
         self.weights: dict[str, tuple[Module, str] | tuple[Codec, Row, str]] = {}
         self.gone: set[str] = set()  # raw names that the view does not show as they are
         self.names: dict[str, str] = {}  # raw name -> name in the view, where that is another
+        self.matrices: dict[str, tuple[int, int]] = {}  # weights outside the experts: rows and columns
         self._known: dict[tuple[Row, Row, tuple[int, ...], tuple[int, ...], str], Grid] = {}
         experts: set[str] = set()
         for path, module in found.modules.items():
@@ -124,9 +131,13 @@ class CodedWeights(Mapping[str, Coded]):
             if weight is None or entry.dtype not in codec.dtypes or len(entry.shape) != 2:
                 continue
             scales = [spelled(scale.name, weight) for scale in codec.scales]
-            if not all(scale in self.raw for scale in scales) or not self._fits(codec, name, scales):
+            if not all(scale in self.raw for scale in scales):
                 continue
-            self.weights[weight] = (codec, _matrix(codec, entry.shape), name)
+            shape = self._shape(codec, weight, name)
+            if shape is None or not self._fits(codec, shape, scales):
+                continue
+            self.matrices[weight] = shape
+            self.weights[weight] = (codec, logical_row(codec, _matrix_layout(codec).rows[0]), name)
             self.gone.update(scales)
             self.gone.update(s for s in (spelled(c.name, weight) for c in codec.spares) if s in self.raw)
             if weight != name:
@@ -134,13 +145,8 @@ class CodedWeights(Mapping[str, Coded]):
                 self.gone.add(name)
             return
 
-    def _fits(self, codec: Codec, name: str, scales: list[str]) -> bool:
-        rows = _matrix_layout(codec).rows
-        sizes = {"x0": 0, "x1": 0}
-        row = logical_row(codec, rows[0])
-        packed = _packing(rows[0], row)
-        shape = self.raw[name].shape
-        sizes["x0"], sizes["x1"] = shape[0], shape[1] * packed
+    def _fits(self, codec: Codec, shape: tuple[int, int], scales: list[str]) -> bool:
+        rows, sizes = _matrix_layout(codec).rows, dict(zip(("x0", "x1"), shape, strict=True))
         for companion, scale in zip(codec.scales, scales, strict=True):
             at = next(r for r in rows if r.role.endswith(companion.role))
             entry = self.raw[scale]
@@ -163,7 +169,7 @@ class CodedWeights(Mapping[str, Coded]):
                 for r in layout.rows
                 if r.role.endswith(c.role)
             ]
-            sizes: Mapping[str, int] = dict(zip(("x0", "x1"), self._shape(row, raw, codec), strict=True))
+            sizes: Mapping[str, int] = dict(zip(("x0", "x1"), self.matrices[name], strict=True))
         else:
             module, role = found
             assert module.codec is not None
@@ -201,6 +207,15 @@ class CodedWeights(Mapping[str, Coded]):
                 )
             how = next(c.how for end, c in by_role.items() if at.role.endswith(end))
             grids.append((scale, self._grid(row, at, shape, how, sizes)))
+            last = dim_keys(row.dims[-1]) if row.dims else ()
+            columns = axis_size(row, last[-1], sizes) if len(last) > 1 else 0
+            if any(term.dim == len(shape) - 1 and columns % term.divisor for term in grids[-1][1].terms):
+                block = max(term.divisor for term in grids[-1][1].terms)
+                raise self._error(
+                    f"rows of whole blocks of {block} that share a {codec.name} scale",
+                    f"rows of {columns} in {show(raw)}",
+                    raw,
+                )
         return Coded(codec, raw, shape, tuple(grids))
 
     def codec(self, name: str) -> Codec:
@@ -215,10 +230,28 @@ class CodedWeights(Mapping[str, Coded]):
     def codecs(self) -> tuple[Codec, ...]:
         return tuple(dict.fromkeys(map(self.codec, self.weights)))
 
-    def _shape(self, row: Row, raw: str, codec: Codec) -> tuple[int, int]:
-        shape = self.raw[raw].shape
-        packed = _packing(_matrix_layout(codec).rows[0], logical_row(codec, _matrix_layout(codec).rows[0]))
-        return shape[0], shape[1] * packed
+    def _shape(self, codec: Codec, weight: str, raw: str) -> tuple[int, int] | None:
+        """Rows and columns of a weight outside the experts; None where nothing says them."""
+        codes, shape = _matrix_layout(codec).rows[0], self.raw[raw].shape
+        if len(logical_row(codec, codes).dims) > 1:
+            return shape[0], shape[1] * codes.dims[-1].factors[0].divisor
+        note = next(
+            (n for c in codec.spares if c.dims == ("?",) and (n := spelled(c.name, weight)) in self.raw), None
+        )
+        if note is None or self.path is None:
+            return None
+        (piece,) = self.raw[note].pieces
+        with open_source(Path(self.path) / piece.file if piece.file else self.path) as file:
+            text = file.pread(piece.begin, min(piece.end - piece.begin, NOTE_LIMIT))
+        try:
+            rows, columns = json.loads(text)["shape"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._error(
+                f"the shape of {show(weight)} in JSON", f"{type(error).__name__}", note
+            ) from error
+        if not all(type(n) is int and 0 < n < 2**31 for n in (rows, columns)):
+            raise self._error(f"the shape of {show(weight)} in JSON", show(repr([rows, columns])), note)
+        return rows, columns
 
     def _place(self, module: Module, role: str, name: str) -> int:
         key = (module.path, role)
@@ -282,12 +315,3 @@ def _matrix_layout(codec: Codec) -> Layout:
     """The rows of a matrix outside the experts under a codec."""
     weight = Row("weight", ("weight",), (Dim((Factor("x0"),)), Dim((Factor("x1"),))))
     return next(coded_layouts(Layout((weight,)), codec, ("weight",)))
-
-
-def _matrix(codec: Codec, shape: tuple[int, ...]) -> Row:
-    return logical_row(codec, _matrix_layout(codec).rows[0])
-
-
-def _packing(codes: Row, plain: Row) -> int:
-    """How many elements a place of the last dim of a matrix's codes stands for."""
-    return codes.dims[-1].factors[0].divisor

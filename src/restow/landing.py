@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from restow.boxes import Run
 from restow.checkpoint import Checkpoint
-from restow.codec import with_scales
+from restow.codec import Announced, with_scales
 from restow.errors import AmbiguousTensorError, ShapeMismatchError, UsageError, show
 from restow.family import Family, Spelling
 from restow.find import Findings, Module, candidates_of, find_modules
@@ -78,8 +78,13 @@ def check_modules(source: Checkpoint, experts: Experts) -> None:
         raise UsageError(f"experts by module, such as {known}", f"{show(strangers[0])}", path=source.path)
 
 
-def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) -> Findings:
-    """The experts modules of the destination. Raises what `find_modules` found wrong, all of it in one error."""
+def find_landing(
+    source: Checkpoint, targets: Mapping[str, Target], wish: Wish, codec: Announced | None = None
+) -> Findings:
+    """The experts modules of the destination, which may be in the source's codes or in those of `codec`.
+
+    Raises what `find_modules` found wrong, all of it in one error.
+    """
     family = wish.family or source.family
     sizes = _common_sizes(source)
     if isinstance(wish.experts, Mapping):
@@ -97,7 +102,7 @@ def find_landing(source: Checkpoint, targets: Mapping[str, Target], wish: Wish) 
         local = {axis: wish.shard.run(sizes[axis])[1]}
     shapes = {name: target.shape for name, target in targets.items()}
     layout = layout_of(wish.layout, family)
-    candidates: tuple[Spelling, ...] = with_scales(candidates_of(family, layout), source.codec)
+    candidates: tuple[Spelling, ...] = with_scales(candidates_of(family, layout), codec or source.codec)
     if family is None and layout is None:
         candidates += tuple(
             {m.layout: Spelling(m.names, "", m.layout) for m in source.modules.values()}.values()

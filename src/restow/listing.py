@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from restow.codecs import CODECS, Codec
+from restow.encodings import ENCODINGS
 from restow.errors import UsageError, show
 from restow.family import Family
 from restow.known import FAMILIES
@@ -80,7 +82,33 @@ def families_page() -> str:
         "```text",
     ]
     text += [line.text for name, layout in GENERAL.items() for line in _layout_lines(name, layout)]
+    text += [
+        "```",
+        "",
+        "## Quantised weights",
+        "",
+        "How a weight of rows `r` and columns `c` is stored under each codec; `{}` is its name, `{-}` the same without",
+        "`.weight`, `{_}` without `_proj`, `R C` the block that the config announces, `rc` both dims in one. What has a",
+        "`quantize=` is written, too; [quantized.md](quantized.md) says how.",
+        "",
+        "```text",
+    ]
+    text += [line for codec in CODECS.values() for line in _codec_lines(codec)]
     return "\n".join([*text, "```", ""])
+
+
+def _codec_lines(codec: Codec) -> list[str]:
+    written = [name for name, one in ENCODINGS.items() if codec.name in (one.codec, one.stacked)]
+    asked = f', quantize="{written[0]}"' if written else ""
+    rows = [("codes", codec.codes.name, " ".join(codec.codes.dims), "", " ".join(codec.dtypes))]
+    rows += [
+        (one.role[1:], one.name, " ".join(one.dims) or "-", one.how, " ".join(one.dtypes))
+        for one in codec.companions(True)
+    ]
+    return [
+        f"{codec.name}: {codec.element}, {codec.bits} bits{asked}",
+        *(f"  {row}" for row in _columns(rows)),
+    ]
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

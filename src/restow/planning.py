@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 
 from restow.boxes import whole
 from restow.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ from restow.quantized import no_values, refuse_cast
 from restow.targets import Runs, Target, whole_target
 
 Take = tuple[tuple[str, tuple[int, ...]], ...]
+NOTHING: Mapping[str, Iterable[int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -110,25 +112,36 @@ def make_plan(source: Checkpoint, targets: Sequence[Target], wish: Wish) -> Plan
     return plan_of(prepared, prepared.targets)
 
 
-def prepare(source: Checkpoint, targets: Sequence[Target], wish: Wish) -> Prepared:
-    """Find the destination's modules and bring both sides together; no moves yet."""
+def prepare(
+    source: Checkpoint,
+    targets: Sequence[Target],
+    wish: Wish,
+    modules: Mapping[str, Module] | None = None,
+) -> Prepared:
+    """Find the destination's modules, unless they are given, and bring both sides together; no moves yet."""
     check_rename(wish.rename)
     raise_fatal(source)
     check_modules(source, wish.experts)
     by_name = {target.name: target for target in targets}
-    found = find_landing(source, by_name, wish)
-    kept = kept_coded(source, by_name, found.modules, pair_modules(source, found.modules, wish))
+    if modules is None:
+        modules = find_landing(source, by_name, wish).modules
+    kept = kept_coded(source, by_name, modules, pair_modules(source, modules, wish))
     source = decoded(source, kept)
-    owners = {
+    owners = owners_of(modules)
+    plain = pair_others(source, [name for name in by_name if name not in owners], wish)
+    pairs = pair_modules(source, modules, wish)
+    return Prepared(source, by_name, wish, modules, pairs, owners, plain)
+
+
+def owners_of(modules: Mapping[str, Module]) -> dict[str, tuple[str, str, int]]:
+    """Every stored tensor of experts modules: name -> (module path, role, place among the role's tensors)."""
+    return {
         name: (path, role, place)
-        for path, module in found.modules.items()
+        for path, module in modules.items()
         for role, names in module.tensors.items()
         for place, name in enumerate(names)
         if name is not None
     }
-    plain = pair_others(source, [name for name in by_name if name not in owners], wish)
-    pairs = pair_modules(source, found.modules, wish)
-    return Prepared(source, by_name, wish, found.modules, pairs, owners, plain)
 
 
 def plan_of(prepared: Prepared, chosen: Mapping[str, Target]) -> Plan:
@@ -206,7 +219,7 @@ def default_targets(
                 shape = shape_of(row, {**sizes, **local})
             else:
                 keep = {}
-            for name in _names(row, sizes, keep):
+            for name in row_names(row, sizes, keep):
                 targets.append(whole_target(f"{home}.{name}", shape, dtype))
     others = ((name, source.tensors[name]) for name in source.others)
     targets += [whole_target(name, entry.shape, entry.dtype) for name, entry in others]
@@ -221,7 +234,8 @@ def home_of(path: str, to: Layout, family: Family | None) -> str:
     return f"{family.layer(path)}.{containers[0]}".lstrip(".")
 
 
-def _names(row: Row, sizes: Mapping[str, int], keep: Mapping[str, Iterable[int]]) -> list[str]:
+def row_names(row: Row, sizes: Mapping[str, int], keep: Mapping[str, Iterable[int]] = NOTHING) -> list[str]:
+    """The names of a row's tensors below their module, of some places along an axis or of all."""
     from itertools import product
 
     axes = [keep.get(axis, range(axis_size(row, axis, sizes))) for axis in row.name_axes]
@@ -479,9 +493,11 @@ __all__ = [
     "default_targets",
     "home_of",
     "make_plan",
+    "owners_of",
     "pair_others",
     "plan_of",
     "prepare",
     "raise_fatal",
     "refuse",
+    "row_names",
 ]

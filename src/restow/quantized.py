@@ -72,7 +72,11 @@ def _errors(found: Checkpoint, codec: Announced, dtypes: Mapping[str, str]) -> I
     wrong = [(name, f"{want}", shape) for name, want, shape in grids if tuple(want) != tuple(shape)]
     if wrong:
         yield odd_grids(wrong, codec)
-    if found.modules and not any(module.codec for module in found.modules.values()) and codec.method != "fp8":
+    if (
+        found.modules
+        and not any(module.codec for module in found.modules.values())
+        and codec.method not in ("fp8", "bitsandbytes")
+    ):
         yield QuantizationError(
             f"weights in {', '.join(c.name for c in codec.codecs)}, as quantization_config says ({codec.method})",
             "experts in none of them",

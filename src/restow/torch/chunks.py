@@ -182,6 +182,7 @@ def stream(
     parts: Iterator[Slice],
     hand_on: Callable[[Sequence[Filled]], None],
     *,
+    memory: Mapping[str, torch.Tensor] | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     chunk: int = CHUNK,
@@ -204,7 +205,9 @@ def stream(
                     buffers.append(torch.empty(max(need, chunk), dtype=torch.uint8))
                 if buffers[number % 2].numel() < need:
                     buffers[number % 2] = torch.empty(need, dtype=torch.uint8)
-                filled, got = fill(prepared, group, buffers[number % 2], joint=joint, threads=threads)
+                filled, got = fill(
+                    prepared, group, buffers[number % 2], joint=joint, memory=memory, threads=threads
+                )
                 read += got
                 pending.append(pool.submit(hand_on, filled))
                 done += sum(one.tensor.nbytes for one in filled)

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +26,14 @@ from restow.checkpoint import Checkpoint
 from restow.codec import without_quantization
 from restow.codecs import rounds
 from restow.decoded import CodedWeights
+from restow.encodings import Encoding, encoding_of, plain_form
 from restow.errors import MissingTensorError, UnexpectedTensorError, UsageError, show
 from restow.landing import Experts, Wish, check_modules, chosen_experts, layout_of
 from restow.layout import Layout
 from restow.mending import FLOATS as CASTS
 from restow.mending import with_dtype, with_experts
 from restow.opening import open_checkpoint
-from restow.outfiles import INDEX, OutFile, index_text, new_files, recorded_files
+from restow.outfiles import INDEX, OutFile, index_text, nbytes, new_files, recorded_files
 from restow.planning import Prepared, default_targets, home_of, prepare, refuse
 from restow.problems import Problem, merged
 from restow.publish import Staging
@@ -42,6 +44,15 @@ from restow.targets import Target, whole_target
 from restow.torch.chunks import CHUNK, Filled, Slice, raw, side_by_side, slices, stream
 from restow.torch.digesting import Digests
 from restow.torch.dtypes import dtype_name, narrows, wider
+from restow.torch.encoded import (
+    Packing,
+    coded_chunks,
+    encoded_config,
+    encoded_slices,
+    encoded_targets,
+    encoders,
+    packing_of,
+)
 from restow.torch.read import Progress
 from restow.torch.resume import note_of, recognised, work_of
 from restow.torch.values import judge_scales
@@ -96,6 +107,12 @@ class _Job:
     undo: Mapping[str, str]
     side: Mapping[str, bytes]
     left: tuple[str, ...]
+    packing: Packing | None = None
+
+    @property
+    def written(self) -> Prepared:
+        """The tensors of the files as they are."""
+        return self.packing.written if self.packing is not None else self.prepared
 
 
 def convert(
@@ -105,6 +122,7 @@ def convert(
     to: str | Layout,
     experts: Experts = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     keep_quantized: bool = False,
     max_shard_bytes: int = 5 * 2**30,
     threads: int | None = None,
@@ -119,11 +137,12 @@ def convert(
     recorded by the conversion that made `source`: file map, headers and all). `experts` keeps these experts, in this
     order, with their router rows, and mends the config. `dtype` casts floating tensors, but for rows that must stay
     exact, and the config says so wherever it names the weights' dtype. Quantised weights are decoded, to the config's
-    dtype without `dtype`; `keep_quantized` takes codes and scales along, where `to` has a place for them. All other
-    tensors, the config and tokenizer files come along unchanged. At most 1 GiB of memory, whatever the size. The
-    manifest records a digest per tensor and per leaf, with `sha256` one per file; odd values (NaN, experts of zeros)
-    are warnings. Raises the source's fatal problems, `UsageError` for an unknown `to`, and `DestinationError`s; then
-    nothing is written.
+    dtype without `dtype`; `keep_quantized` takes codes and scales along, where `to` has a place for them. `quantize`
+    ("fp8", "mxfp4", "mxfp8", "nf4") encodes the experts' weights, and the config says so; "hf" is then what vendors ship
+    in that format. All other tensors, the config and tokenizer files come along unchanged. At most 1 GiB of memory,
+    whatever the size. The manifest records a digest per tensor and per leaf, with `sha256` one per file; odd values (NaN,
+    experts of zeros) are warnings. Raises the source's fatal problems, `UsageError` for an unknown `to`, and
+    `DestinationError`s; then nothing is written.
     """
     started = time.perf_counter()
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -131,7 +150,8 @@ def convert(
     scales = judge_scales(opened, threads)
     if refused := [p.error for p in scales if p.fatal or strict]:
         raise merged(refused)
-    job = _prepare(opened, to, experts, dtype, max_shard_bytes, keep_quantized)
+    encoding = encoding_of(quantize) if quantize is not None else None
+    job = _prepare(opened, to, experts, dtype, max_shard_bytes, keep_quantized, encoding)
     size = (
         sum(file.size for file in job.files)
         + sum(map(len, job.side.values()))
@@ -139,7 +159,8 @@ def convert(
     )
     count = len(job.files) + len(job.side) + (job.index is not None) + 1
     assert opened.path is not None
-    work = work_of(opened, job.prepared, job.files, job.layout, experts, max_shard_bytes, keep_quantized)
+    asked = (experts, max_shard_bytes, keep_quantized, *([quantize] if quantize else ()))
+    work = work_of(opened, job.prepared, job.files, job.layout, *asked)
     with Staging(
         target, size=size, count=count, sources=[opened.path], replace=replace, work=work
     ) as staging:
@@ -179,6 +200,7 @@ def _prepare(
     dtype: torch.dtype | None,
     max_bytes: int,
     keep: bool,
+    encoding: Encoding | None,
 ) -> _Job:
     if opened.path is None or not opened.modules:
         raise UsageError("a checkpoint with experts", "none", path=opened.path)
@@ -190,15 +212,17 @@ def _prepare(
             str(dtype).removeprefix("torch."),
             hint="codes of fewer bits need scales: a cast gives none",
         )
+    if keep and encoding is not None:
+        raise UsageError("keep_quantized=True alone", "quantize= with it")
     if max_bytes < 1:
         raise UsageError("max_shard_bytes of at least 1", f"{max_bytes}")
     side = side_files(opened.path, opened.stamps)
     sides = dict(side.files)
     if to == "source":
-        if experts is not None or dtype is not None:
-            raise UsageError('to="source" alone', "experts= or dtype= with it")
+        if experts is not None or dtype is not None or encoding is not None:
+            raise UsageError('to="source" alone', "experts=, dtype= or quantize= with it")
         return _undo(opened, sides, side.left)
-    layout = layout_of(to, opened.family)
+    layout = layout_of(to, opened.family) if encoding is None else plain_form(to, opened.family, encoding)
     assert layout is not None
     _judge_experts(opened, experts)
     wish = Wish(
@@ -221,13 +245,22 @@ def _prepare(
         sides["config.json"] = with_dtype(sides["config.json"], str(dtype).removeprefix("torch."))
     if experts is not None:
         sides["config.json"] = with_experts(opened, wish, sides.get("config.json"))
-    metadata = {"format": "pt", **statement(layout, opened.family)}
-    files = new_files(((t.name, t.dtype, t.shape) for t in prepared.targets.values()), max_bytes, metadata)
+    specs = list(prepared.targets.values())
+    if encoding is not None:
+        sides["config.json"] = encoded_config(opened, sides.get("config.json"), encoding)
+        specs = encoded_targets(opened, specs, layout, encoding, wish)
+    metadata = {"format": "pt", **(statement(layout, opened.family) if encoding is None else {})}
+    files = new_files(((t.name, t.dtype, t.shape) for t in specs), max_bytes, metadata)
+    packing = None
+    if encoding is not None:
+        prepared, packing = packing_of(opened, files, sides["config.json"], layout, wish)
     why_not = (
         "experts were chosen" if experts is not None else "values were cast" if dtype is not None else ""
     )
     if decoded_from:
         why_not = f"values were decoded from {', '.join(decoded_from)}"
+    if encoding is not None:
+        why_not = f"values were encoded in {encoding.codec}"
     return _Job(
         prepared=prepared,
         files=files,
@@ -236,6 +269,7 @@ def _prepare(
         undo=make_record(opened, why_not),
         side=sides,
         left=side.left,
+        packing=packing,
     )
 
 
@@ -355,10 +389,14 @@ def _write(
     left = {file.name: file.size for file in job.files}
     sealed: list[Future[None]] = []
     by_name = {file.name: file for file in job.files}
-    total = sum(tensor.end - tensor.begin for file in job.files for tensor in file.tensors)
-    digests = Digests(job.prepared, job.files, sha256=sha256)
+    total = sum(nbytes(target.dtype, target.shape) for target in job.prepared.targets.values())
+    digests = Digests(job.written, job.files, sha256=sha256 and job.packing is None)
     kept = _kept(job, staging, digests)
-    with ThreadPoolExecutor(1) as syncing:  # a disk that is slow to sync must not stop the reading
+    there = {tensor.name for name in kept for tensor in by_name[name].tensors}
+    with (
+        ThreadPoolExecutor(1) as syncing,
+        encoders(threads) as pool,
+    ):  # a disk that is slow to sync must not stop the reading
 
         def account(file: str, written: int) -> None:
             left[file] -= written
@@ -367,6 +405,8 @@ def _write(
 
         def hand_on(filled: Sequence[Filled]) -> None:
             written = []
+            if job.packing is not None:
+                filled = coded_chunks(job.packing, filled, there, pool)
             with digests.beside(filled):
                 for one in filled:
                     file, begin = digests.places[one.slice.target.name]
@@ -383,7 +423,15 @@ def _write(
         for future in sealed:
             future.result()
     problems = digests.problems()
-    return _Written(read, digests.tensors, digests.leaves.found, digests.sums(), problems)
+    sums = digests.sums()
+    if sha256 and job.packing is not None:  # scales and codes do not come in the order of a file
+        sums = {name: _sha256(staging.place.staging / name) for name in by_name}
+    return _Written(read, digests.tensors, digests.leaves.found, sums, problems)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _kept(job: _Job, staging: Staging, digests: Digests) -> set[str]:
@@ -391,7 +439,7 @@ def _kept(job: _Job, staging: Staging, digests: Digests) -> set[str]:
     kept = set()
     for file in job.files:
         if file.name in staging.left:
-            if recognised(staging.place.staging, file, staging.left[file.name], job.prepared, digests):
+            if recognised(staging.place.staging, file, staging.left[file.name], job.written, digests):
                 staging.keep(file.name, file.size)
                 kept.add(file.name)
             else:
@@ -401,6 +449,8 @@ def _kept(job: _Job, staging: Staging, digests: Digests) -> set[str]:
 
 def _slices(job: _Job, kept: Container[str], in_order: bool) -> Iterator[Slice]:
     """What is to be filled: file by file where files are summed `in_order`, else with gate beside up."""
+    if job.packing is not None:
+        return encoded_slices(job.packing, job.prepared, job.files, kept, CHUNK // 2)
     placed = (tensor for file in job.files if file.name not in kept for tensor in file.tensors)
     targets = [job.prepared.targets[tensor.name] for tensor in placed if tensor.end > tensor.begin]
     if in_order:
@@ -427,6 +477,8 @@ def _narrowed(job: _Job) -> dict[str, str]:
         lossy = lossy or _decoded_lossy(job.prepared, name, target.dtype)
         if lossy:
             found[name] = f"{lossy[0]} -> {target.dtype}"
+    for name, packed in (job.packing.weights if job.packing is not None else {}).items():
+        found[packed.codes] = f"{_dtypes(job.prepared, name)[0]} -> {packed.codec.name}"
     return found
 
 

@@ -17,6 +17,7 @@ import torch
 
 from restow.boxes import strides_of
 from restow.coding import Coding, byte_box, dim_of, index_of, scale_box
+from restow.elements import ELEMENTS
 from restow.files import SourceFile
 from restow.plans import Part
 from restow.reads import spans
@@ -27,7 +28,6 @@ from restow.torch.tiles import move
 
 TILE = 1 << 20  # elements of one tile
 BLOCK = 1 << 16  # elements that are looked up and multiplied at once: they stay in a second-level cache
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -259,13 +259,14 @@ def _scale_places(
                 walk = torch.arange(size) * (local // term.stride)
                 digit = digit + walk.view((1,) * axis + (size,) + (1,) * (rank - axis - 1))
                 runs = runs or axis == rank - 1
-        where = digit // term.divisor * (term.step * box[term.to])
-        if runs and where.numel() == where.shape[-1]:
-            last = last + where.view(-1)
-        elif runs:
-            raise NotImplementedError("a block of scales over two axes, of which one is the innermost")
-        else:
-            outer = outer + where
+        step = term.step * box[term.to]
+        if not runs:
+            outer = outer + digit // term.divisor * step
+            continue
+        # Of one dim in several axes the outer ones step over whole blocks (`coded` has seen to it): they are added.
+        first = digit[(0,) * (rank - 1)]
+        last = last + first // term.divisor * step
+        outer = outer + (digit[..., :1] - first[:1]) // term.divisor * step
     return outer, last
 
 
@@ -275,10 +276,9 @@ def values_of(element: str) -> torch.Tensor:
     codes = torch.arange(256, dtype=torch.uint8)
     if element in ("e4m3", "e5m2"):
         return codes.view(torch.float8_e4m3fn if element == "e4m3" else torch.float8_e5m2).to(torch.float32)
-    values = torch.tensor(
-        E2M1 if element == "e2m1" else [float(i - 8) for i in range(16)], dtype=torch.float32
-    )
-    pairs = torch.stack([values[(codes & 15).long()], values[(codes >> 4).long()]], 1)
+    values, high = torch.tensor(ELEMENTS[element].values, dtype=torch.float32), ELEMENTS[element].high
+    halves = [values[(codes & 15).long()], values[(codes >> 4).long()]]
+    pairs = torch.stack(halves[::-1] if high else halves, 1)
     return pairs.contiguous().view(torch.int64).reshape(-1)
 
 

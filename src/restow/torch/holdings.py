@@ -239,6 +239,9 @@ def narrowed(targets: Iterable[Target], prepared: Prepared) -> dict[str, str]:
         else:
             continue
         for place in places:
+            if source.coded is not None and place in source.coded:
+                found[name] = f"{given} -> {source.coded[place].codec.name}"
+                break
             into = source.tensors[place].dtype
             if not narrows(given, into):
                 continue

@@ -36,14 +36,15 @@ from restow.layout import Layout
 from restow.naming import Rename, check_rename, renamed
 from restow.opening import family_of, open_checkpoint
 from restow.pages import on_network
-from restow.planning import default_targets, make_plan, prepare
+from restow.planning import default_targets, make_plan, plan_of, prepare
 from restow.plans import Plan
 from restow.problems import Problem, alike, merged
 from restow.targets import Shard
 from restow.torch.check import check_load
 from restow.torch.dtypes import narrows
 from restow.torch.execute import execute
-from restow.torch.read import Progress
+from restow.torch.packed import fill_packed, packed_side
+from restow.torch.read import Booked, Progress
 from restow.torch.storage import Into, Slots, named_as, slot_of, slots_of
 from restow.torch.team import Team
 from restow.torch.values import judge_scales
@@ -151,6 +152,9 @@ def plan(
         return make_plan(opened, targets, replace(wish, layout=layout or "grouped", plain=names))
     slots = slots_of(into, meta=True)
     wish = wish_of(slots, layout, known, rename, shard, experts, part)
+    packed = packed_side(opened, slots.slots, wish)
+    if packed is not None:
+        return plan_of(packed.prepared, packed.prepared.targets)
     return make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
 
 
@@ -177,7 +181,8 @@ def load(
     """Fill `into` from `source`, in place. Nothing is replaced, nothing is communicated, nothing is left unsaid.
 
     `source`: a folder, a file, a `Checkpoint`, or a mapping of names to tensors. `into`: an `nn.Module`, a list of
-    them, or a mapping of names to tensors or DTensors; casts to its dtypes. `layout` is the destination's, found from
+    them, or a mapping of names to tensors or DTensors; casts to its dtypes, and encodes where it holds codes and their
+    scales (FP8 in blocks, MXFP8, MXFP4, NF4). `layout` is the destination's, found from
     names and shapes if None. Raises before the first byte: `MissingTensorError`, `UnexpectedTensorError` (see
     `allow_missing`, `allow_unused`: `fnmatch` patterns over full names), `ShapeMismatchError`, `PrecisionError`
     (a cast that narrows an exact row, unless `allow_narrowed` names it), `AmbiguousLayoutError`, and what `open` finds fatal.
@@ -225,7 +230,13 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
     threads = words.threads if words.threads is not None or team is None else min(8, team.threads)
     slots = named_as(slots_of(into), _known_to(opened, known, words.rename))
     wish = wish_of(slots, words.layout, known, *words[2:6])
-    made = make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
+    packed = packed_side(opened, slots.slots, wish)
+    if packed is not None and words.check:
+        raise UsageError("check=True with a destination of values", "one in codes")
+    if packed is not None:
+        made = plan_of(packed.prepared, packed.prepared.targets)
+    else:
+        made = make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
     missing = _allowed(made.missing, words.allow_missing, "allow_missing", _missing_error(opened))
     unused = _judge_unused(made, slots, opened, wish, words.allow_unused)
     narrowed = _narrowed(made, opened, words.allow_narrowed)
@@ -244,22 +255,37 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
         warnings.append(
             f"not filled, since no checkpoint holds them: buffers {', '.join(slots.buffers[:20])}"
         )
+    memory = source if isinstance(source, Mapping) else None
+    targets = {target.name: target for target in made.targets}
     tensors = {name: slot.local for name, slot in slots.slots.items()}
-    mine = team.assigned(made, tensors) if team is not None else made
+    mine = plan_of(packed.prepared, packed.plain(targets)) if packed is not None else made
+    if team is not None and packed is None:
+        mine = team.assigned(made, tensors)
     booked = execute(
         mine,
         tensors,
         root=opened.path,
-        memory=source if isinstance(source, Mapping) else None,
+        memory=memory,
         stamps=opened.stamps,
         threads=threads,
         large=_on_network(opened) if words.network is None else words.network,
         progress=_bar() if words.progress is True else (words.progress or None),
     )
-    taken = team.hand_on(made, tensors) if team is not None else 0
+    taken = team.hand_on(made, tensors) if team is not None and packed is None else 0
     filled = {made.targets[copy.target].name for copy in made.copies}
+    staged: dict[str, str] = {}
+    if packed is not None:
+        read, written = fill_packed(packed, targets, slots.slots, memory=memory, threads=threads)
+        booked = Booked(booked.bytes_read + read, booked.bytes_written + written)
+        given = _given(made)
+        for name, one in packed.weights.items():
+            if name in filled:
+                staged |= dict.fromkeys((one.codes, one.scale), f"encoded in {one.codec.name}")
+                narrowed[one.codes] = f"{given[name]} -> {one.codec.name}"
+        staged |= {name: staged[codes] for name, (codes, _) in packed.constants.items() if codes in staged}
+        filled -= packed.weights.keys()
     if words.check:
-        told = _checked(opened, slots, wish, made, source if isinstance(source, Mapping) else None, threads)
+        told = _checked(opened, slots, wish, made, memory, threads)
         if words.strict and told:
             raise merged([problem.error for problem in told])
         warnings += [str(problem.error) for problem in told]
@@ -267,7 +293,7 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
         bytes_read=booked.bytes_read,
         bytes_written=booked.bytes_written + taken,
         in_place=tuple(name for name in slots.slots if name in filled),
-        staged=MappingProxyType({}),
+        staged=MappingProxyType(staged),
         narrowed=MappingProxyType(narrowed),
         unused=unused,
         missing=missing,
@@ -280,6 +306,16 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
 
 def _on_network(opened: Checkpoint) -> bool:
     return opened.path is not None and on_network(Path(opened.path))
+
+
+def _given(made: Plan) -> dict[str, str]:
+    """What fills each target: its dtype, or its codec."""
+    found = {}
+    for copy in made.copies:
+        part = made.parts[copy.source]
+        what = made.codings[part.coding].codec if part.coding >= 0 else part.dtype
+        found[made.targets[copy.target].name] = what
+    return found
 
 
 def _known_to(opened: Checkpoint, family: Family | None, rename: Rename) -> Callable[[str], bool]:

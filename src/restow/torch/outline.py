@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
 
 from restow.checkpoint import Checkpoint, RouterRows, survey
+from restow.codec import read_codec
+from restow.codecs import CODES, Codec
+from restow.coded import value_dtype
+from restow.constants import constants_of, note_sizes
+from restow.encodings import (
+    Encoding,
+    codec_for,
+    coded_dtype,
+    encoded_form,
+    plain_form,
+    skipped_modules,
+    with_quantization,
+)
 from restow.entries import Entry, Piece
 from restow.errors import (
     ConfigError,
@@ -49,6 +63,7 @@ class Outline:
     side: Mapping[str, bytes]
     checkpoint: Checkpoint
     like: str | None = None
+    constants: Mapping[str, bytes] = field(default_factory=dict)  # tensors that follow from a codec alone
 
     def digest(self) -> str:
         """One text for all that is written but the values: ranks compare it."""
@@ -128,8 +143,9 @@ def new_outline(
     dtype: str | None,
     limit: int,
     config: bytes | None,
+    encoding: Encoding | None = None,
 ) -> Outline:
-    """Files for the tensors that all ranks hold together (`union`: global shapes), experts in `layout`.
+    """Files for the tensors that all ranks hold together (`union`: global shapes), experts in `layout`, by `encoding`.
 
     `tied` are further names of one memory, `shard` is the part that plain expert tensors of `union` hold, `config` the
     bytes of a config.json. Raises `UnsupportedFamilyError` where neither family nor config says how the vendor ships
@@ -178,8 +194,14 @@ def new_outline(
     )
     if found.errors:
         raise merged(found.errors)
-    to = layout_of(layout or "hf", family)
+    to = (
+        layout_of(layout or "hf", family)
+        if encoding is None
+        else plain_form(layout or "hf", family, encoding)
+    )
     assert to is not None
+    form = to if encoding is None else encoded_form(to, encoding)
+    codec = codec_for(encoding, to) if encoding is not None else None
     back = _backwards(rename)
     routers = RouterRows(family)
     specs: list[tuple[str, str, tuple[int, ...]]] = []
@@ -187,30 +209,46 @@ def new_outline(
         name: path for path, m in found.modules.items() for names in m.tensors.values() for name in names
     }
     done: set[str] = set()
+    others: list[tuple[str, tuple[int, ...]]] = []
     for name, target in union.items():
         path = owner.get(name)
         if path is None:
             row = routers.row(name)
             exact = row is not None and row.exact
-            specs.append((_outer_name(name, family, back), _dtype(target.dtype, dtype, exact), target.shape))
+            outer = _outer_name(name, family, back)
+            specs.append((outer, _dtype(target.dtype, dtype, exact), target.shape))
+            others.append((outer, target.shape))
         elif path not in done:
             done.add(path)
-            specs += _expert_specs(found.modules[path], union, to, layout, family, back, dtype)
-    said = statement(to, family)
+            module = found.modules[path]
+            if codec is not None:
+                noted = [
+                    note_sizes(codec, row, module.sizes, _value(dtype, table))
+                    for row in form.rows
+                    if row.role.endswith(CODES)
+                ]
+                module = replace(module, sizes={**module.sizes, **dict(ChainMap(*noted))})
+            specs += _expert_specs(module, union, form, layout, family, back, dtype, codec)
+    if encoding is not None:
+        config = with_quantization(config, encoding, skipped_modules(others))
+        table = json.loads(config)
+    said = statement(to, family) if encoding is None else {}
     files = new_files(specs, limit, {"format": "pt", **said})
     side = {INDEX: index_text(files)} if len(files) > 1 else {}
     if config is not None:
         side["config.json"] = config
     checkpoint = survey(
-        entries_of(files),
-        family=family,
-        layout=None if family else to,
-        config=table,
-        path=".",
-        stated=to if said else None,
-    )
+        entries_of(files), family=family, layout=None if family else to, config=table, path=".",
+        stated=to if said else None, codec=read_codec(table) if encoding is not None else None,
+    )  # fmt: skip
     raise_fatal(checkpoint)
-    return Outline(files, side, checkpoint)
+    same = constants_of(checkpoint.modules, _value(dtype, table)) if codec is not None else {}
+    return Outline(files, side, checkpoint, constants={name: one.data for name, one in same.items()})
+
+
+def _value(dtype: str | None, config: Mapping[str, object] | None) -> str:
+    """What codes decode to."""
+    return dtype or value_dtype(config)
 
 
 def _expert_specs(
@@ -221,6 +259,7 @@ def _expert_specs(
     family: Family | None,
     back: Rename,
     dtype: str | None,
+    codec: Codec | None,
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     path = _outer_path(module, family, back)
     if family is not None and layout is None:
@@ -229,13 +268,16 @@ def _expert_specs(
         path = f"{layer}.{spelling.container}".strip(".")
     specs = []
     for row in to.rows:
-        if row.role not in module.tensors:
+        role = row.role if row.role in module.tensors or codec is None else row.base
+        if role not in module.tensors:
             continue
-        given = union[next(n for n in module.tensors[row.role] if n is not None)].dtype
+        given = union[next(n for n in module.tensors[role] if n is not None)].dtype
+        if codec is not None and row.role.partition(".")[2] != "bias":
+            given = coded_dtype(row, codec)
         shape = shape_of(row, module.sizes)
         for index in product(*(range(axis_size(row, axis, module.sizes)) for axis in row.name_axes)):
             name = f"{path}.{name_of(row, index, module.sizes)}"
-            specs.append((name, _dtype(given, dtype, row.exact), shape))
+            specs.append((name, _dtype(given, dtype, row.exact) if role == row.role else given, shape))
     return specs
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from restow.encodings import encoding_of
 from restow.errors import UsageError, show
 from restow.family import Family
 from restow.layout import Layout
@@ -105,6 +106,7 @@ def save(
     rename: Rename = (),
     shard: Shard | None = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     config: object = None,
     max_shard_bytes: int = 5 * 2**30,
     replace: bool = False,
@@ -120,7 +122,8 @@ def save(
     `like` is a checkpoint whose layout, names, file map, headers, dtypes and side files are reproduced; without it the
     layout is `layout`, else what the family's vendor ships. `rename` is what a load from these files takes, applied
     backwards. `shard` says which part plain expert tensors hold. `dtype` is that of the files' floating tensors, rows
-    that must stay exact apart; without `like` and `dtype` it is the state's. `config` is what becomes config.json: a
+    that must stay exact apart; without `like` and `dtype` it is the state's. `quantize` encodes the experts' weights as
+    `restow.convert` does; what a rank holds must be whole blocks. `config` is what becomes config.json: a
     config of transformers, a dict or a path; the state's own if it has one. Ranks with the same part write it once.
     `wait=False` copies the state to host memory and returns a `SaveHandle`; `reuse` is an earlier handle, done by now,
     whose buffers are taken again. `page_bytes` is the unit of a file that only one node may write, by the file system's
@@ -137,8 +140,11 @@ def save(
     peers = Peers(group, alone=not spread)
     with ExitStack() as stack:
         stack.enter_context(peers.attempt())
-        if like is not None and not (layout is None and dtype is None and config is None):
-            raise UsageError("like= alone", "layout=, dtype= or config= with it")
+        if like is not None and not (
+            layout is None and dtype is None and config is None and quantize is None
+        ):
+            raise UsageError("like= alone", "layout=, dtype=, quantize= or config= with it")
+        encoding = encoding_of(quantize) if quantize is not None else None
         check_rename(rename)
         known = family_of(family)
         buffers: Mapping[str, torch.Tensor] = {}
@@ -148,6 +154,7 @@ def save(
             "like": os.fspath(like) if like is not None else "", "layout": str(layout or ""),
             "family": known.model_types[0] if known else "", "rename": repr(rename), "dtype": str(dtype or ""),
             "max_shard_bytes": str(max_shard_bytes), "replace": str(replace), "page_bytes": str(page_bytes),
+            "quantize": str(quantize or ""),
         })  # fmt: skip
         if not wait:
             buffers = _copied(slots, reuse)
@@ -159,8 +166,9 @@ def save(
                 return like_outline(open_checkpoint(like, family=known))
             name = dtype_name(dtype) if dtype is not None else None
             return new_outline(
-                union.tensors, union.tied, union.shard, layout, known, rename, name, max_shard_bytes, text
-            )
+                union.tensors, union.tied, union.shard, layout, known, rename, name, max_shard_bytes, text,
+                encoding,
+            )  # fmt: skip
 
         bar = (
             _bar() if progress is True and peers.rank == 0 else None if progress is True else progress or None

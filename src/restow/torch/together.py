@@ -47,6 +47,7 @@ from restow.torch.peers import Peers, machine
 from restow.torch.read import Progress
 from restow.torch.storage import Slot
 from restow.torch.write import file_bytes, write_plan
+from restow.torch.write_coded import check_blocks
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Saved:
 def save_together(job: Job, holding: Holding, peers: Peers) -> Saved:
     """Plan, agree, write, publish. Called inside `peers.attempt()`."""
     outline, plan, lost = (_agree if peers.rank == 0 else _follow_plan)(job, holding, peers)
+    check_blocks(plan)
     written, notes = (_lead if peers.rank == 0 else _follow)(job, outline, plan, peers)
     return Saved(outline, written, lost, notes)
 
@@ -157,7 +159,13 @@ def _lead(job: Job, outline: Outline, plan: Plan, peers: Peers) -> tuple[int, tu
             token = sha256(os.urandom(16)).hexdigest()
             leave_witness(folder, token)
             peers.say("begin", json.dumps([token, str(folder), page]))
-        written = _fill(job, plan, staging.write, page, folder, peers, heads=outline.files)
+        written = sum(
+            staging.write(file.name, tensor.begin, memoryview(outline.constants[tensor.name]))
+            for file in outline.files
+            for tensor in file.tensors
+            if tensor.name in outline.constants
+        )
+        written += _fill(job, plan, staging.write, page, folder, peers, heads=outline.files)
         for rank in range(1, peers.size):
             for name, count in json.loads(peers.hear("written", rank)).items():
                 staging.book(name, count)

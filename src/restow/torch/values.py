@@ -190,8 +190,8 @@ def source_names(prepared: Prepared) -> Names:
     """Elements of a destination by the tensor of the source that they come from."""
 
     def named(name: str, index: tuple[int, ...]) -> str:
-        if name not in prepared.owners:
-            return show(name)
+        if name not in prepared.owners or prepared.owners[name][0] not in prepared.pairs:
+            return show(name)  # codes have no place in a source of values
         path, role, place = prepared.owners[name]
         module = prepared.modules[path]
         source = prepared.source.modules[prepared.pairs[path]]

@@ -22,6 +22,7 @@ from restow.torch.raw import raw
 from restow.torch.read import default_threads
 from restow.torch.strides import contiguous_from
 from restow.torch.tiles import move
+from restow.torch.write_coded import coded_jobs, write_coded
 
 TILE = 4 << 20  # bytes of one write, where the file's order lets it be cut so
 
@@ -109,6 +110,9 @@ def file_bytes(plan: Plan) -> int:
 
 def _jobs(plan: Plan) -> Iterator[_Job]:
     for copy in plan.copies:
+        if plan.parts[copy.source].coding >= 0:
+            yield from (_Job(copy, first, length) for first, length in coded_jobs(plan, copy))
+            continue
         sizes = plan.patterns[copy.pattern].sizes
         inner = plan.itemsize(copy) * prod(sizes[1:])
         step = max(1, TILE // max(1, inner))
@@ -122,14 +126,16 @@ def _run(
     copy = job.copy
     part, pattern = plan.parts[copy.source], plan.patterns[copy.pattern]
     local = tensors[plan.targets[copy.target].name]
-    dtype = torch_dtype(part.dtype)
     sizes = (job.length, *pattern.sizes[1:]) if pattern.sizes else ()
     strides = tuple(step * local.stride(dim) for dim, step in pattern.target)
     offset = (
         local.storage_offset() + _dot(copy.start, local.stride()) + (job.first * strides[0] if strides else 0)
     )
-    at = part.begin + dtype.itemsize * (copy.at + (job.first * pattern.source[0] if pattern.sizes else 0))
     view = local.as_strided(sizes, strides, offset)
+    if part.coding >= 0:
+        return write_coded(plan, copy, job.first, view, write), prod(sizes), scratch
+    dtype = torch_dtype(part.dtype)
+    at = part.begin + dtype.itemsize * (copy.at + (job.first * pattern.source[0] if pattern.sizes else 0))
     if local.dtype != dtype or local.device.type != "cpu" or contiguous_from(sizes, strides) > 0:
         size = prod(sizes) * dtype.itemsize
         if scratch.numel() < size:
