@@ -13,6 +13,7 @@ from types import MappingProxyType
 from restow.boxes import Run
 from restow.checkpoint import Checkpoint
 from restow.codec import Announced, with_scales
+from restow.decoded import decoded
 from restow.errors import AmbiguousTensorError, ShapeMismatchError, UsageError, show
 from restow.family import Family, Spelling
 from restow.find import Findings, Module, candidates_of, find_modules
@@ -94,7 +95,9 @@ def find_landing(
     local: dict[str, int] = {}
     if wish.shard is not None:
         axis = wish.shard.axis
-        axes = {a for m in source.modules.values() for row in m.layout.rows for a in row.axes} & set(sizes)
+        axes = _axes(source) & set(sizes)
+        if axis not in axes:  # codes may be packed flat: then only what they decode to has the axis
+            axes = _axes(decoded(source)) & set(sizes)
         if axis not in axes:
             raise UsageError(
                 f"an axis whose size the source gives, one of {', '.join(sorted(axes))}", f"'{axis}'"
@@ -120,6 +123,10 @@ def find_landing(
     if found.errors:
         raise merged(found.errors)
     return found
+
+
+def _axes(source: Checkpoint) -> set[str]:
+    return {axis for m in source.modules.values() for row in m.layout.rows for axis in row.axes}
 
 
 def _beside(name: str, family: Family | None, places: frozenset[str]) -> bool:

@@ -233,6 +233,8 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
     packed = packed_side(opened, slots.slots, wish)
     if packed is not None and words.check:
         raise UsageError("check=True with a destination of values", "one in codes")
+    if packed is not None and team is not None:
+        raise UsageError("group= with a destination of values", "one in codes")
     if packed is not None:
         made = plan_of(packed.prepared, packed.prepared.targets)
     else:
@@ -259,7 +261,7 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
     targets = {target.name: target for target in made.targets}
     tensors = {name: slot.local for name, slot in slots.slots.items()}
     mine = plan_of(packed.prepared, packed.plain(targets)) if packed is not None else made
-    if team is not None and packed is None:
+    if team is not None:
         mine = team.assigned(made, tensors)
     booked = execute(
         mine,
@@ -271,7 +273,7 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
         large=_on_network(opened) if words.network is None else words.network,
         progress=_bar() if words.progress is True else (words.progress or None),
     )
-    taken = team.hand_on(made, tensors) if team is not None and packed is None else 0
+    taken = team.hand_on(made, tensors) if team is not None else 0
     filled = {made.targets[copy.target].name for copy in made.copies}
     staged: dict[str, str] = {}
     if packed is not None:
