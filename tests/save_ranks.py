@@ -1,6 +1,6 @@
 """Ranks of a save as forked processes of a gloo group, which may fail, die or stop; what each returned or raised.
 
-`Ranks.run(work)` calls `work(rank)` in every process, without a collective being possible where `silence` is asked for.
+`ranks` runs `work(rank, ...)` in every process and waits for all; `start` does not wait.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,12 +29,31 @@ class Ended(NamedTuple):
     at: float
 
 
-def ranks(
-    world: int, folder: Path, work: Work, *arguments: object, stopped: Sequence[int] = ()
-) -> list[Ended]:
-    """`work(rank, *arguments)` in `world` forked processes: how each ended. Those in `stopped` stop themselves and
-    are killed when all others have ended."""
-    pipes = []
+class Ranks(NamedTuple):
+    """Ranks at work: each one's process and the pipe that its end comes out of."""
+
+    children: list[tuple[int, int]]
+    rendezvous: Path
+
+    def ended(self, stopped: Sequence[int] = ()) -> list[Ended]:
+        """Wait for all: how each ended. Those in `stopped` are killed when all others have ended."""
+        ended: dict[int, Ended] = {}
+        for rank in sorted(range(len(self.children)), key=lambda rank: rank in stopped):
+            child, pipe = self.children[rank]
+            if rank in stopped:
+                os.kill(child, signal.SIGKILL)
+            with os.fdopen(pipe, "rb") as data:
+                text = data.read()
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            ended[rank] = pickle.loads(text) if status == 0 else Ended(None, None, -status, 0.0)
+        self.rendezvous.unlink(missing_ok=True)
+        return [ended[rank] for rank in range(len(self.children))]
+
+
+def start(world: int, folder: Path, work: Work, *arguments: object) -> Ranks:
+    """`work(rank, *arguments)` in `world` forked processes. From the main thread alone, as `faults.fork`."""
+    assert threading.current_thread() is threading.main_thread()
+    children: list[tuple[int, int]] = []
     rendezvous = folder / f"group-{time.monotonic_ns()}"
     for rank in range(world):
         ours, theirs = os.pipe()
@@ -42,19 +62,16 @@ def ranks(
             os.close(ours)
             _child(rank, world, rendezvous, work, arguments, theirs)
         os.close(theirs)
-        pipes.append((child, ours))
-    ended: dict[int, Ended] = {}
-    order = sorted(range(world), key=lambda rank: rank in stopped)
-    for rank in order:
-        child, pipe = pipes[rank]
-        if rank in stopped:
-            os.kill(child, signal.SIGKILL)
-        with os.fdopen(pipe, "rb") as data:
-            text = data.read()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        ended[rank] = pickle.loads(text) if status == 0 else Ended(None, None, -status, 0.0)
-    rendezvous.unlink(missing_ok=True)
-    return [ended[rank] for rank in range(world)]
+        children.append((child, ours))
+    return Ranks(children, rendezvous)
+
+
+def ranks(
+    world: int, folder: Path, work: Work, *arguments: object, stopped: Sequence[int] = ()
+) -> list[Ended]:
+    """`work(rank, *arguments)` in `world` forked processes: how each ended. Those in `stopped` stop themselves and
+    are killed when all others have ended."""
+    return start(world, folder, work, *arguments).ended(stopped)
 
 
 def _child(

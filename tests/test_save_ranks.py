@@ -26,7 +26,7 @@ from restow import errors, sharing, writing
 from restow.torch import peers as peers_module
 from restow.torch import together
 from restow.torch.save import SaveHandle
-from save_ranks import Ended, ranks, values
+from save_ranks import Ended, ranks, start, values
 from test_load_ranks import blank, distributed, locals_of, module_of, silence
 from test_save import files, nothing_left, save, tensors
 
@@ -714,23 +714,17 @@ def wakes(rank: int, folder: Path) -> None:
 
 
 def test_a_rank_that_wakes_finds_nothing_to_write_to(tmp_path: Path, old: dict[str, bytes]) -> None:
-    import threading
-
-    def next_attempt() -> None:
-        while not (tmp_path / "given up").exists():
-            time.sleep(0.01)
-
-    ended: list[Ended] = []
-    run = threading.Thread(target=lambda: ended.extend(ranks(2, tmp_path, wakes_and_says, tmp_path)))
-    run.start()
-    next_attempt()
     from restow.publish import Staging
+
+    run = start(2, tmp_path, wakes_and_says, tmp_path)
+    while not (tmp_path / "given up").exists():
+        time.sleep(0.01)
 
     file = next(n for n in old if n.endswith(".safetensors"))
     with Staging(tmp_path / "out", size=10, count=2, replace=True) as staging:
         staging.create(file, 4)
         (tmp_path / "awake").touch()
-        run.join()
+        ended = run.ended()
         assert (staging.place.staging / file).read_bytes() == b"\0" * 4
         staging.write(file, 0, b"mine")
         staging.finish()
