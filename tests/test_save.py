@@ -387,7 +387,7 @@ def test_what_is_no_place_to_write(tmp_path: Path) -> None:
         ({"layout": "sideways", "family": "qwen3_moe"}, "expected a layout name, one of"),
         (
             {"like": "here", "layout": "split"},
-            "expected like= alone, found layout=, dtype= or config= with it",
+            "expected like= alone, found layout=, dtype=, quantize= or config= with it",
         ),
         ({"like": "nowhere"}, "nowhere"),
         ({"family": "qwen3_moe", "rename": "x"}, "rename"),
