@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -73,6 +74,18 @@ def test_hf_is_what_vendors_ship(tmp_path: Path) -> None:
     restow.save(values, tmp_path / "a", quantize="fp8", config=plain_config(E, 128, 128))
     restow.convert(plain, tmp_path / "b", to="hf", quantize="fp8")
     same(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("quantize", ["fp8", "nf4"])
+def test_by_distributed_checkpoint(tmp_path: Path, quantize: str) -> None:
+    """Its writer, like a checkpoint in codes: the same files, what goes with the codes included."""
+    plain = write(tmp_path / "plain", state(E, 192, 128), plain_config(E, 192, 128))
+    restow.convert(plain, tmp_path / "grouped", to="grouped")
+    restow.convert(plain, tmp_path / "want", to="split", quantize=quantize)
+    values = load_file(tmp_path / "grouped" / "model.safetensors")
+    dcp.save(values, storage_writer=restow.dcp.Writer(tmp_path / "out", like=tmp_path / "want"), no_dist=True)
+    same(tmp_path / "out", tmp_path / "want")
 
 
 def test_in_many_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,8 +148,10 @@ def test_convert_decodes_and_verify_agrees(fp8: tuple[Path, State], tmp_path: Pa
     assert restow.verify(tmp_path / "g", folder).equal
     assert restow.verify(folder, folder).equal
     assert restow.fingerprint(folder) == restow.fingerprint(tmp_path / "g")
-    with pytest.raises(errors.UsageError, match="decoded from fp8"):
-        restow.convert(tmp_path / "g", tmp_path / "s", to="source")
+    for kept in (False, True):
+        with pytest.raises(errors.UsageError, match="found values were decoded from fp8"):
+            restow.convert(tmp_path / "g", tmp_path / "s", to="source", keep_quantized=kept)
+    assert not (tmp_path / "s").exists()
 
 
 def test_verify_finds_one_changed_scale(fp8: tuple[Path, State], tmp_path: Path) -> None:

@@ -387,7 +387,7 @@ def test_what_is_no_place_to_write(tmp_path: Path) -> None:
         ({"layout": "sideways", "family": "qwen3_moe"}, "expected a layout name, one of"),
         (
             {"like": "here", "layout": "split"},
-            "expected like= alone, found layout=, dtype= or config= with it",
+            "expected like= alone, found layout=, dtype=, quantize= or config= with it",
         ),
         ({"like": "nowhere"}, "nowhere"),
         ({"family": "qwen3_moe", "rename": "x"}, "rename"),
@@ -643,21 +643,35 @@ def test_wrappers_are_passed_over(wrapper: str, tmp_path: Path) -> None:
     assert differing(tensors(tmp_path / "out"), model.spelled("split")) == []
 
 
-def test_like_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
-    """Its codes and scales are not what a state holds; casting to codes would be no quantisation."""
+def test_like_a_quantised_checkpoint(tmp_path: Path) -> None:
+    """Its names, codes and files, and the values of the state; the same as a conversion of the state encodes."""
+    model = Model(e=4, f=128, d=192, layers=1)
+    plain = model.written(tmp_path / "plain", "split")
+    restow.convert(plain, tmp_path / "source", to="split", quantize="fp8", max_shard_bytes=60_000)
+    restow.save(model.spelled("grouped"), tmp_path / "out", like=tmp_path / "source")
+    before, after = (tensors(tmp_path / name) for name in ("source", "out"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
+    assert (tmp_path / "out" / "config.json").read_bytes() == (
+        tmp_path / "source" / "config.json"
+    ).read_bytes()
+
+
+def test_like_codes_that_are_not_made_is_refused(tmp_path: Path) -> None:
     model = Model(e=4, f=128, d=128, layers=1)
     coded: Tensors = {}
     for name, tensor in model.spelled("split").items():
+        coded[name] = tensor
         if ".experts." in name:
-            coded[name] = torch.ones(tensor.shape).to(torch.float8_e4m3fn)
-            coded[f"{name}_scale_inv"] = torch.ones(1, 1)
-        else:
-            coded[name] = tensor
-    said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+            coded[name] = torch.ones(tensor.shape[0], tensor.shape[1] // 2, dtype=torch.uint8)
+            coded[f"{name}_scale"] = torch.ones(tensor.shape[0], tensor.shape[1] // 16).to(
+                torch.float8_e4m3fn
+            )
+            coded[f"{name}_scale_2"] = torch.tensor(1.0)
+    said = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     source = write(tmp_path / "source", coded, {**model.config, "quantization_config": said})
     with pytest.raises(errors.QuantizationError) as caught:
         restow.save(model.spelled("grouped"), tmp_path / "out", like=source)
-    assert "expected a checkpoint with weights as they are as like=, found quantised ones (fp8)" in str(
-        caught.value
-    )
+    assert "expected codes with one scale, which encoding makes, found 2 (nvfp4)" in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]

@@ -25,6 +25,7 @@ FLOATS = ("F32", "F16", "BF16")
 WORD_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32}
 COMPANIONS = (".scale", ".scale2", ".spare", ".spare2")  # what the roles of companion rows end with
 CODES = ".codes"
+WEIGHTS = ("in", "out", "in2", "out2")  # the roles that are coded: of both banks, where there are two
 ACTS = ("multiply", "divide", "exponent", "values", "note")
 
 TABLE = """
@@ -165,7 +166,7 @@ def parse_codecs(text: str) -> dict[str, Codec]:
 CODECS = parse_codecs(TABLE)
 
 
-def coded_layouts(layout: Layout, codec: Codec, roles: Sequence[str] = ("in", "out")) -> Iterator[Layout]:
+def coded_layouts(layout: Layout, codec: Codec, roles: Sequence[str] = WEIGHTS) -> Iterator[Layout]:
     """A layout under a codec: with the rows of its codes and companions; once more with spares, if it has any."""
     for spares in (False, True) if codec.spares else (False,):
         rows: list[Row] = []
@@ -179,10 +180,9 @@ def coded_layouts(layout: Layout, codec: Codec, roles: Sequence[str] = ("in", "o
 
 def is_linear(layout: Layout) -> bool:
     """Whether every weight has its input axis last, as torch's Linear: then a row of a scale grid is one of outputs."""
-    last = {
-        row.role: str(row.dims[-1]) for row in layout.rows if row.role in ("in", "out") and len(row.dims) > 1
-    }
-    return last == {"in": "d", "out": "f"}
+    last = {row.role: str(row.dims[-1]) for row in layout.rows if row.role in WEIGHTS and len(row.dims) > 1}
+    wanted = {"in": "d", "out": "f", "in2": "d", "out2": "f"}
+    return {"in", "out"} <= last.keys() and all(wanted[role] == axis for role, axis in last.items())
 
 
 def spelled(pattern: str, name: str) -> str:

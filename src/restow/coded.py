@@ -17,7 +17,17 @@ from typing import NamedTuple
 
 from restow.boxes import strides_of
 from restow.checkpoint import Checkpoint
-from restow.codecs import CODES, COMPANIONS, WORD_BITS, Codec, coded_layouts, logical, spelled, weight_of
+from restow.codecs import (
+    CODES,
+    COMPANIONS,
+    WEIGHTS,
+    WORD_BITS,
+    Codec,
+    coded_layouts,
+    logical,
+    spelled,
+    weight_of,
+)
 from restow.coding import Grid, Term
 from restow.entries import DTYPE_BITS, Entry
 from restow.errors import QuantizationError, show
@@ -115,7 +125,7 @@ class CodedWeights(Mapping[str, Coded]):
                 held = [n for n in names if n is not None]
                 if role.endswith(COMPANIONS):
                     self.gone.update(held)
-                elif role.removesuffix(CODES) in ("in", "out"):
+                elif role.removesuffix(CODES) in WEIGHTS:
                     self.weights.update((n, (module, role)) for n in held)
         assert found.codec is not None
         for name in found.tensors:

@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 
 from restow.checkpoint import Checkpoint
-from restow.codecs import CODES, COMPANIONS, coded_layouts, is_linear, spelled, weight_of
+from restow.codecs import CODES, COMPANIONS, WEIGHTS, coded_layouts, is_linear, spelled, weight_of
 from restow.coded import Coded, CodedWeights, DecodedTensors, logical_row
 from restow.errors import UsageError, show
 from restow.find import Module
@@ -72,7 +72,7 @@ def _plain(module: Module) -> Module:
     for row in module.layout.rows:
         if row.role.endswith(COMPANIONS):
             continue
-        plain = logical_row(module.codec, row) if row.role.removesuffix(CODES) in ("in", "out") else row
+        plain = logical_row(module.codec, row) if row.role.removesuffix(CODES) in WEIGHTS else row
         rows.append(plain)
         tensors[plain.role] = module.tensors[row.role]
     return replace(module, layout=Layout(tuple(rows)), tensors=tensors, codec=None)

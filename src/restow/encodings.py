@@ -83,7 +83,7 @@ def _apart(layout: Layout) -> bool:
 def encoded_form(layout: Layout, encoding: Encoding) -> Layout:
     """A plain layout with rows for codes and all that goes with them. Raises `QuantizationError` where a row has none."""
     codec = codec_for(encoding, layout)
-    if not is_linear(layout) or any(row.base not in ("in", "out") for row in layout.rows):
+    if not is_linear(layout):
         raise QuantizationError(
             f"rows in and out with the input axis last, as {codec.name} scales run along it",
             "; ".join(str(row) for row in layout.rows),

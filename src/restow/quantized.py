@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from restow.checkpoint import Checkpoint
 from restow.codec import SCALE, SUFFIX, Announced, lost_scales, odd_grids
-from restow.codecs import Codec, spelled
+from restow.codecs import WEIGHTS, Codec, spelled
 from restow.errors import MissingTensorError, QuantizationError, RestowError, show
 from restow.find import Module
 from restow.problems import Problem
@@ -31,7 +31,7 @@ def _errors(found: Checkpoint, codec: Announced, dtypes: Mapping[str, str]) -> I
     odd: list[str] = []
     bare: list[str] = []
     for path, module in found.modules.items():
-        names = [n for role in ("in", "out") for n in module.tensors.get(role, ()) if n is not None]
+        names = [n for role in WEIGHTS for n in module.tensors.get(role, ()) if n is not None]
         if module.codec is not None:
             strays = list(_dtypes_wrong(module, dtypes))
             odd += [name for name in strays if name in names]
@@ -95,9 +95,7 @@ def _dtypes_wrong(module: Module, dtypes: Mapping[str, str]) -> Iterator[str]:
     known = {companion.role: companion.dtypes for companion in module.codec.scales}
     for role, names in module.tensors.items():
         base, _, end = role.partition(".")
-        allowed = (
-            module.codec.dtypes if end in ("", "codes") and base in ("in", "out") else known.get(f".{end}")
-        )
+        allowed = module.codec.dtypes if end in ("", "codes") and base in WEIGHTS else known.get(f".{end}")
         yield from (name for name in names if name is not None and allowed and dtypes[name] not in allowed)
 
 

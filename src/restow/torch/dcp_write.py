@@ -129,6 +129,8 @@ class Writer(StorageWriter):
         for file in outline.files:
             staging.create(file.name, file.size)
             staging.write(file.name, 0, file.head)
+            for tensor in (tensor for tensor in file.tensors if tensor.name in outline.constants):
+                staging.write(file.name, tensor.begin, memoryview(outline.constants[tensor.name]))
         for name, data in outline.side.items():
             staging.add(name, data)
         token = sha256(os.urandom(16)).hexdigest()

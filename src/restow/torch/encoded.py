@@ -17,7 +17,7 @@ import torch
 
 from restow.checkpoint import Checkpoint, survey
 from restow.codec import read_codec
-from restow.codecs import CODES
+from restow.codecs import CODES, WEIGHTS
 from restow.coded import value_dtype
 from restow.constants import Constant, constants_of, note_sizes
 from restow.decoded import decoded
@@ -85,7 +85,7 @@ def encoded_targets(
             if row.role.endswith(CODES) and row.base in module.tensors:
                 sizes |= note_sizes(codec, row, sizes, value_dtype(opened.config))
         for row in plain.rows:
-            if row.role in ("in", "out"):
+            if row.role in WEIGHTS:
                 gone.update(f"{path}.{name}" for name in row_names(row, sizes))
         for row in coded:
             if row.base in module.tensors:

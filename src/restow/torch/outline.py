@@ -18,8 +18,9 @@ from pathlib import Path
 from restow.checkpoint import Checkpoint, RouterRows, survey
 from restow.codec import read_codec
 from restow.codecs import CODES, Codec
-from restow.coded import value_dtype
+from restow.coded import CodedWeights, value_dtype
 from restow.constants import constants_of, note_sizes
+from restow.decoded import decoded
 from restow.encodings import (
     Encoding,
     codec_for,
@@ -46,6 +47,7 @@ from restow.layout import Layout, axis_size, name_of, shape_of
 from restow.naming import Rename, fits, renamed
 from restow.opening import by_config
 from restow.outfiles import INDEX, OutFile, index_text, new_files, recorded_files
+from restow.packing import packed_weights
 from restow.planning import raise_fatal
 from restow.problems import merged
 from restow.sidefiles import side_files
@@ -95,19 +97,13 @@ def entries_of(files: Sequence[OutFile]) -> dict[str, Entry]:
 
 
 def like_outline(like: Checkpoint) -> Outline:
-    """The very files of another checkpoint: heads, index, side files. Raises what is fatal about it."""
+    """The very files of another checkpoint: heads, index, side files; in its codes. Raises what is fatal about it."""
     raise_fatal(like)
     fatal = [problem.error for problem in like.problems if problem.fatal]
     if fatal:
         raise merged(fatal)
     assert like.path is not None
-    if like.codec is not None or like.coded:
-        raise QuantizationError(
-            "a checkpoint with weights as they are as like=",
-            f"quantised ones ({like.codec.method if like.codec is not None else 'codes'})",
-            path=like.path,
-            hint="save without like=, or like a checkpoint that was decoded (restow.convert)",
-        )
+    same = _constants(like)
     heads = {}
     for name in like.stamps:
         with open_source(Path(like.path) / name) as file:
@@ -116,7 +112,28 @@ def like_outline(like: Checkpoint) -> Outline:
     side = dict(side_files(like.path).files)
     for index in sorted(Path(like.path).glob("*.safetensors.index.json")):
         side[index.name] = read_all(index, 1 << 29, what="an index", refuse=UsageError)
-    return Outline(recorded_files(heads, like.path), side, like, like.path)
+    return Outline(recorded_files(heads, like.path), side, like, like.path, same)
+
+
+def _constants(like: Checkpoint) -> dict[str, bytes]:
+    """The tensors of a checkpoint in codes that always hold the same. Raises for codes that encoding does not make."""
+    view = decoded(like)
+    if not isinstance(view.coded, CodedWeights):
+        return {}
+    weights = packed_weights(view).values()
+    same = constants_of(like.modules, value_dtype(like.config))
+    made = {name for one in weights for name in (one.codes, one.scale)} | same.keys()
+    other = [name for name in view.coded.gone if name not in made]
+    if other:
+        raise QuantizationError(
+            "a checkpoint of weights, codes and scales as like=",
+            f"{len(other)} other tensors beside them",
+            path=like.path,
+            tensor=other[0],
+            sections=[("tensors", map(show, sorted(other)))],
+            hint="save without like=, or like a checkpoint that was decoded (restow.convert)",
+        )
+    return {name: one.data for name, one in same.items()}
 
 
 def config_bytes(config: object) -> bytes | None:

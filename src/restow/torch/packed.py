@@ -54,15 +54,25 @@ class PackedSide:
 def packed_side(opened: Checkpoint, slots: Mapping[str, Slot], wish: Wish) -> PackedSide | None:
     """A destination in codes that the source does not have as they are; None for any other."""
     targets = {name: slot.target for name, slot in slots.items()}
-    if not any(target.dtype in CODED for target in targets.values()):
+    coded = {name: target for name, target in targets.items() if target.dtype in CODED}
+    if not coded or all(_alike(opened, name, target) for name, target in coded.items()):
         return None
     for encoding in ENCODINGS.values():
         said = read_codec({"quantization_config": encoding.section})
         assert said is not None
+        ends = tuple(scale.name.lstrip("{-_}") for codec in said.codecs for scale in codec.scales)
+        if not any(name.endswith(ends) for name in targets):
+            continue
         side = _in_codec(opened, targets, wish, said)
         if side is not None:
             return side
     return None
+
+
+def _alike(opened: Checkpoint, name: str, target: Target) -> bool:
+    """Whether the source has a tensor of this name, dtype and shape."""
+    entry = opened.tensors.get(name)
+    return entry is not None and (entry.dtype, entry.shape) == (target.dtype, target.shape)
 
 
 def _in_codec(
