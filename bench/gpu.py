@@ -148,7 +148,7 @@ def apart(
     """Milliseconds of each stage of a load."""
     import restow
     from restow.torch import device, slotwork
-    from restow.torch.read import _Files
+    from restow.torch.sources import Files
 
     def seconds(call: Callable[[], object]) -> float:
         return timed(call, 5) * 1000
@@ -184,7 +184,7 @@ def apart(
         rows.append((f"(launches, {name})", float(launches)))
         rows.append((f"(of them the kernel's, {name})", float(sum(len(w.launches) for w in job.work))))
     with ExitStack() as stack:
-        read = device.filling(_Files(stack, str(folder), {}))
+        read = device.filling(Files(stack, str(folder), {}))
 
         def nothing(pieces: Sequence[tuple[str, int, int, int]], slot: memoryview) -> int:
             return sum(piece[2] for piece in pieces)

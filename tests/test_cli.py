@@ -101,6 +101,7 @@ def test_plan_in_full(good: Path) -> None:
 
   experts    5.76 kB in the files, read 1.86 times, gaps included, over 8 ranks
   in all     17.6 kB in 130 reads
+  amplified  1.39 times what a rank needs, 2.65 times on a node of 8 ranks, 2.65 times over the file system
   order      grouped is not the files' order: its bytes pass through a tile in the cache on their way
   free       hf, fused, stacked, torchtitan, epfd, megatron, megatron_sequential, mlx
 """
@@ -119,6 +120,26 @@ def test_a_plan_reads_each_expert_once(good: Path) -> None:
     assert data["totals"]["read"] == 5760 + 3 * dense
     text = run("plan", good, "--ep", "3")[1]
     assert "5.76 kB in the files, each read once over 3 ranks" in text
+
+
+def test_amplification_counts_what_ranks_read_again(good: Path) -> None:
+    def times(*words: str) -> dict[str, float]:
+        found = json.loads(run("plan", good, *words, "--json")[1])
+        assert set(found["amplification"]) == {"ranks_per_node", "rank", "node", "file_system"}
+        return {**found["amplification"], "bytes": found["bytes"], "experts": found["expert_bytes"]}
+
+    alone = times()
+    assert (alone["rank"], alone["node"], alone["file_system"]) == (1, 1, 1) and alone["ranks_per_node"] == 1
+    eight = times("--ep", "8")
+    again = (eight["experts"] + 8 * (eight["bytes"] - eight["experts"])) / eight["bytes"]
+    assert eight["rank"] == 1 and eight["node"] == eight["file_system"] == pytest.approx(again)
+    nodes = times("--ep", "8", "--per-node", "2")
+    dense = nodes["bytes"] - nodes["experts"]
+    part = nodes["experts"] / 4
+    assert (
+        nodes["node"] == pytest.approx((part + 2 * dense) / (part + dense)) and nodes["ranks_per_node"] == 2
+    )
+    assert nodes["file_system"] == eight["file_system"]
 
 
 def test_more_ranks_than_experts(good: Path) -> None:

@@ -312,6 +312,9 @@ import restow
 from moe import Model, differing
 from restow.torch import device, slotwork
 from restow.torch.across import usable
+from restow.torch.on_device import moved_on_device
+import restow.torch.relayout
+relayouts = sys.modules['restow.torch.relayout']
 from restow.torch.read import run_plan
 from test_device import Memory, blank, opened
 
@@ -326,7 +329,7 @@ for number, src in enumerate(("split", "fused", "grouped")):
             lane = Memory(torch.device("cpu"))
             job = slotwork.prepared(plan, found, lane.there, 0)
             with device.ExitStack() as stack:
-                fill = device.filling(device._Files(stack, source.path, {{}}))
+                fill = device.filling(device.Files(stack, source.path, {{}}))
                 read, written = device.pump(job, lane, fill, 2)
             run_plan(plan, wanted, root=source.path)
             assert differing(found, wanted) == [], (src, dst, shard)
@@ -334,6 +337,15 @@ for number, src in enumerate(("split", "fused", "grouped")):
             launched += sum(len(work.launches) for work in job.work)
             if (src, dst) == ("split", "grouped"):
                 assert all(len(work.launches) == 1 for work in job.work[:-1]), "one launch a slot"
+    if src == "split":  # one tensor per expert: no view says it
+        state = {{n: t for n, t in Model(e=4, f=10, d=16, layers=1).spelled(src).items() if ".experts." in n}}
+        wide = {{n: torch.nn.functional.pad(t, (1, 2))[..., 1:-2] for n, t in state.items()}}
+        wanted = restow.relayout(wide, dst="grouped", family="qwen3_moe")
+        rest = []
+        relayouts.moved_on_device = lambda *plan: rest.append(moved_on_device(*plan, 0)) or rest[-1]
+        found = restow.relayout(wide, dst="grouped", family="qwen3_moe")
+        assert differing(found, wanted) == [] and len(found) == 2
+        assert [plan.copies for plan in rest] == [()], "the kernel did all of it"
 print("launched", launched)
 """
 

@@ -91,6 +91,7 @@ def plan(
     ep_shard: Annotated[
         int, typer.Option(min=1, max=1 << 20, help="Parts of the next dim of every expert tensor.")
     ] = 1,
+    per_node: Annotated[int, typer.Option(min=1, max=1 << 20, help="Ranks of one machine.")] = 8,
     layout: LayoutOption = None,
     family: FamilyOption = None,
     strict: StrictOption = False,
@@ -101,16 +102,20 @@ def plan(
     from restow.explain_plan import rank_plans
     from restow.landing import layout_of
     from restow.opening import open_checkpoint
-    from restow.ranks import free_layouts, rank_figures
+    from restow.ranks import free_layouts, node_figures
 
     opened = open_checkpoint(path, family=family)
     refuse_warnings(opened, strict)
     wanted = layout_option(layout) or "grouped"
     to = layout_of(wanted, opened.family)
     assert to is not None
-    ranks = [rank_figures(opened, to, ep=ep, ep_shard=ep_shard, rank=rank) for rank in range(ep * ep_shard)]
+    every = range(ep * ep_shard)
+    nodes = [
+        node_figures(opened, to, ep=ep, ep_shard=ep_shard, ranks=every[first : first + per_node])
+        for first in every[::per_node]
+    ]
     name = wanted if isinstance(wanted, str) else str(layout)
-    return rank_plans(opened, to, name, ranks, (ep, ep_shard), free_layouts(opened))
+    return rank_plans(opened, to, name, nodes, (ep, ep_shard), free_layouts(opened))
 
 
 @verb

@@ -9,7 +9,7 @@ from restow.checkpoint import Checkpoint
 from restow.errors import show
 from restow.explain import alike, family_name
 from restow.layout import Layout, rows_text
-from restow.ranks import Rank
+from restow.ranks import Node, Rank
 from restow.terminal import Answer, Line
 from restow.wording import MARGIN, aligned, amount, field, many, runs_of
 
@@ -20,13 +20,14 @@ def rank_plans(
     opened: Checkpoint,
     layout: Layout,
     name: str,
-    ranks: Sequence[Rank],
+    nodes: Sequence[Node],
     mesh: tuple[int, int],
     free: Sequence[str],
 ) -> Answer:
     """What every rank of a mesh reads."""
     sizes = {n: sum(p.end - p.begin for p in e.pieces) for n, e in opened.tensors.items()}
     total, experts = sum(sizes.values()), sum(sizes[n] for n in opened.expert_tensors)
+    ranks = [rank for node in nodes for rank in node.ranks]
     summed = {
         n: sum(getattr(r, n) for r in ranks)
         for n in ("read", "wanted", "experts_read", "reads", "tiled", "seconds")
@@ -41,6 +42,12 @@ def rank_plans(
         "mesh": {"ep": mesh[0], "ep_shard": mesh[1]},
         "ranks": [rank._asdict() for rank in ranks],
         "totals": summed,
+        "amplification": {
+            "ranks_per_node": max(len(node.ranks) for node in nodes),
+            "rank": max(_times(r.read, r.read - r.experts_read + r.wanted) for r in ranks),
+            "node": max(_times(node.read, node.distinct) for node in nodes),
+            "file_system": _times(summed["read"], total),
+        },
         "free": list(free),
     }
     return Answer(data, _plan_lines(opened, layout, data, ranks))
@@ -78,6 +85,12 @@ def _plan_lines(
     )
     yield field("experts", f"{amount(experts)} in the files, {once} over {many(len(ranks), 'rank')}")
     yield field("in all", f"{amount(sums['read'])} in {sums['reads']:,} reads")
+    times = data["amplification"]
+    yield field(
+        "amplified",
+        f"{times['rank']:.2f} times what a rank needs, {times['node']:.2f} times on a node of "
+        f"{many(times['ranks_per_node'], 'rank')}, {times['file_system']:.2f} times over the file system",
+    )
     if sums["tiled"]:
         yield field(
             "order",
@@ -94,6 +107,10 @@ def _plan_lines(
         "planned",
         f"in {sums['seconds']:.2f} s, {sums['seconds'] / len(ranks):.3f} s a rank; only headers were read",
     )
+
+
+def _times(read: int, needed: int) -> float:
+    return read / needed if needed else 1.0
 
 
 def _rank_cells(rank: Rank, total: int, ep_shard: int) -> tuple[str, ...]:

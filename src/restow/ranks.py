@@ -25,7 +25,7 @@ from restow.moves import freeze
 from restow.named import FORMS
 from restow.notation import Row
 from restow.planning import default_targets, make_plan
-from restow.plans import Copy, Plan
+from restow.plans import Copy, Plan, Read
 from restow.reads import GAP, spans
 from restow.targets import Runs, Shard, Target, axis_runs
 
@@ -57,6 +57,35 @@ class Rank(NamedTuple):
 
 def rank_figures(source: Checkpoint, layout: str | Layout, *, ep: int, ep_shard: int = 1, rank: int) -> Rank:
     """Plan one rank, and count."""
+    return _figures(source, layout, ep, ep_shard, rank)[0]
+
+
+class Node(NamedTuple):
+    """The ranks of one machine in figures: bytes that they read in all, and how many different ones these are."""
+
+    ranks: tuple[Rank, ...]
+    read: int
+    distinct: int
+
+
+def node_figures(
+    source: Checkpoint, layout: str | Layout, *, ep: int, ep_shard: int = 1, ranks: range
+) -> Node:
+    """Plan the ranks of one machine, and count what several of them read."""
+    planned = [_figures(source, layout, ep, ep_shard, rank) for rank in ranks]
+    distinct, file, end = 0, "", 0
+    for read in sorted(read for _, reads in planned for read in reads):
+        if read.file != file:
+            file, end = read.file, 0
+        distinct += max(0, read.end - max(end, read.begin))
+        end = max(end, read.end)
+    figures = tuple(rank for rank, _ in planned)
+    return Node(figures, sum(rank.read for rank in figures), distinct)
+
+
+def _figures(
+    source: Checkpoint, layout: str | Layout, ep: int, ep_shard: int, rank: int
+) -> tuple[Rank, tuple[Read, ...]]:
     started = time.perf_counter()
     place = divmod(rank, ep_shard)
     targets = rank_targets(source, layout, (ep, ep_shard), place)
@@ -75,10 +104,11 @@ def rank_figures(source: Checkpoint, layout: str | Layout, *, ep: int, ep_shard:
             wanted += prod(pattern.sizes) * itemsize
     size = max((module.sizes.get("e", 0) for module in source.modules.values()), default=0)
     left = [name for name in made.unused if name not in experts]
-    return Rank(
+    figures = Rank(
         rank, place, Shard("e", place[0], ep).run(size), reads, total, wanted, read, straight,
         total - straight, made.written, seconds, made.missing, tuple(left),
     )  # fmt: skip
+    return figures, made.reads
 
 
 def rank_targets(

@@ -22,8 +22,9 @@ from restow.plans import Plan
 from restow.torch.across import COLUMNS, launch
 from restow.torch.packing import LARGE, SHARE, Piece, Shape
 from restow.torch.raw import raw
-from restow.torch.read import Booked, Progress, _compare, _Files, _Ledger
+from restow.torch.read import Booked, Progress, _compare, _Ledger
 from restow.torch.slotwork import Job, Run, prepared
+from restow.torch.sources import Files
 
 SLOTS = 4
 SLOT = 64 << 20  # bytes of one slot, on the host and on the device
@@ -76,7 +77,7 @@ def run_on_device(
     """Run a plan whose targets all lie on one device; like `read.run_plan` in all else."""
     device = tensors[plan.targets[plan.copies[0].target].name].device
     with ExitStack() as stack:
-        files = _Files(stack, root, stamps)
+        files = Files(stack, root, stamps)
         way = (lane or Streams)(device)
         job = prepared(plan, tensors, way.there, share=LARGE if large else SHARE)
         ledger = _Ledger()
@@ -85,7 +86,7 @@ def run_on_device(
     return Booked(ledger.read, _compare(plan, ledger))
 
 
-def filling(files: _Files) -> Fill:
+def filling(files: Files) -> Fill:
     """How a share is read."""
 
     def fill(pieces: Sequence[Piece], slot: memoryview) -> int:

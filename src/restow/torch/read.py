@@ -14,20 +14,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from restow.coding import jobs as coded_jobs
-from restow.errors import CoverageError, IntegrityError, TruncatedFileError, UsageError, show
-from restow.files import SourceFile, open_source
+from restow.errors import CoverageError, UsageError, show
+from restow.files import SourceFile
 from restow.plans import Copy, Part, Plan
 from restow.reads import GAP, Spans, merged, spans
 from restow.torch.decode import Decoder
 from restow.torch.decode import Landing as Decoded
 from restow.torch.dtypes import dtype_name, torch_dtype
 from restow.torch.raw import raw
+from restow.torch.sources import Files
 from restow.torch.strides import contiguous_from, dot, even, places, real_places, tile_axis
 from restow.torch.tiles import move
 from restow.torch.transpose import LINE
@@ -106,7 +106,7 @@ def run_plan(
     total = plan.bytes if progress is not None else 0
     before = torch.get_num_threads()
     with ExitStack() as stack:
-        files = _Files(stack, root, stamps or {})
+        files = Files(stack, root, stamps or {})
         pool = [
             threading.Thread(
                 target=_work, args=(plan, tensors, memory or {}, files, queue, ledger, tile), daemon=True
@@ -191,46 +191,6 @@ class _Queue:
         return group
 
 
-class _Files:
-    """Source files, each opened once a call, at its first read."""
-
-    def __init__(self, stack: ExitStack, root: str | None, stamps: Mapping[str, tuple[int, ...]]) -> None:
-        self._stack, self._root, self._stamps = stack, root, stamps
-        self._open: dict[str, SourceFile] = {}
-        self._lock = threading.Lock()
-
-    def get(self, name: str) -> SourceFile:
-        with self._lock:
-            if name not in self._open:
-                source = self._stack.enter_context(open_source(Path(self._root or "") / name))
-                stamp = self._stamps.get(name, source.stamp)
-                if stamp[2] > source.size:
-                    raise TruncatedFileError(
-                        f"{stamp[2]} bytes, as when its header was read",
-                        f"{source.size}",
-                        path=source.path,
-                        hint="fetch the file again",
-                    )
-                if stamp != source.stamp:
-                    raise _changed(source)
-                self._open[name] = source
-            return self._open[name]
-
-    def check(self) -> None:
-        for source in self._open.values():
-            if source.changed():
-                raise _changed(source)
-
-
-def _changed(source: SourceFile) -> IntegrityError:
-    return IntegrityError(
-        "a source that stays as it was when its header was read",
-        "another file, size or time of change",
-        path=source.path,
-        hint="run again once nobody writes to the checkpoint; what was loaded may be a mix",
-    )
-
-
 def _jobs(plan: Plan) -> Iterator[_Job]:
     number = 0
     for batch in plan.batches():
@@ -261,7 +221,7 @@ def _work(
     plan: Plan,
     tensors: Mapping[str, torch.Tensor],
     memory: Mapping[str, torch.Tensor],
-    files: _Files,
+    files: Files,
     queue: _Queue,
     ledger: _Ledger,
     tile: int,
@@ -299,7 +259,7 @@ class _Worker:
         plan: Plan,
         tensors: Mapping[str, torch.Tensor],
         memory: Mapping[str, torch.Tensor],
-        files: _Files,
+        files: Files,
         tile: int,
     ) -> None:
         self._plan, self._tensors, self._memory, self._files = plan, tensors, memory, files

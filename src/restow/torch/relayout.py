@@ -23,6 +23,7 @@ from restow.planning import default_targets, make_plan
 from restow.plans import Copy, Plan
 from restow.torch.dtypes import torch_dtype
 from restow.torch.load import as_checkpoint
+from restow.torch.on_device import moved_on_device
 from restow.torch.read import run_plan
 from restow.torch.strides import real_places
 
@@ -71,7 +72,8 @@ def relayout(
             view = torch.empty(target.shape, dtype=torch_dtype(target.dtype), device=device)
         out[target.name] = view
     left = replace(made, copies=tuple(copy for copy in made.copies if copy.target in rest))
-    run_plan(left, {made.targets[i].name: out[made.targets[i].name] for i in rest}, memory=state)
+    into = {made.targets[i].name: out[made.targets[i].name] for i in rest}
+    run_plan(moved_on_device(left, into, state), into, memory=state)
     return out
 
 

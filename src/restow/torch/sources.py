@@ -1,0 +1,51 @@
+"""A plan's source files, each opened once a call and watched: one that has changed since its header was read is refused."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from restow.errors import IntegrityError, TruncatedFileError
+from restow.files import SourceFile, open_source
+
+
+class Files:
+    """Source files, each opened once a call, at its first read."""
+
+    def __init__(self, stack: ExitStack, root: str | None, stamps: Mapping[str, tuple[int, ...]]) -> None:
+        self._stack, self._root, self._stamps = stack, root, stamps
+        self._open: dict[str, SourceFile] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> SourceFile:
+        with self._lock:
+            if name not in self._open:
+                source = self._stack.enter_context(open_source(Path(self._root or "") / name))
+                stamp = self._stamps.get(name, source.stamp)
+                if stamp[2] > source.size:
+                    raise TruncatedFileError(
+                        f"{stamp[2]} bytes, as when its header was read",
+                        f"{source.size}",
+                        path=source.path,
+                        hint="fetch the file again",
+                    )
+                if stamp != source.stamp:
+                    raise _changed(source)
+                self._open[name] = source
+            return self._open[name]
+
+    def check(self) -> None:
+        for source in self._open.values():
+            if source.changed():
+                raise _changed(source)
+
+
+def _changed(source: SourceFile) -> IntegrityError:
+    return IntegrityError(
+        "a source that stays as it was when its header was read",
+        "another file, size or time of change",
+        path=source.path,
+        hint="run again once nobody writes to the checkpoint; what was loaded may be a mix",
+    )
