@@ -29,8 +29,9 @@ from pathlib import Path
 import restow
 from _common import Tensor, child, machine, sparse_checkpoint, status, table, verdicts
 from restow.landing import Wish
-from restow.planning import default_targets, make_plan, plan_of, prepare
+from restow.planning import make_plan, plan_of, prepare
 from restow.targets import Shard, Target
+from restow.wanted import default_targets
 
 MIB = 2**20
 SHARDS = 163

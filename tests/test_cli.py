@@ -26,11 +26,12 @@ from moe import Model
 from restow import terminal
 from restow.cli import app
 from restow.landing import Wish
-from restow.planning import default_targets, make_plan
+from restow.planning import make_plan
 from restow.ranks import goes_straight, rank_figures, rank_targets
 from restow.terminal import Answer, Line
 from restow.torch import read
 from restow.torch.storage import runs_at
+from restow.wanted import default_targets
 from restow.wording import amount, runs_of
 
 E7 = "model.layers.1.mlp.experts.7.gate_proj.weight"

@@ -23,8 +23,9 @@ from restow.judge import judge
 from restow.known import FAMILIES
 from restow.landing import Wish
 from restow.opening import open_checkpoint
-from restow.planning import default_targets, make_plan, raise_fatal
+from restow.planning import make_plan, raise_fatal
 from restow.problems import Problem
+from restow.wanted import default_targets
 
 HERE = corpus_tensors.__name__
 OURS = [case for case in CASES.values() if case.build.__module__ == HERE]

@@ -22,8 +22,8 @@ if _TYPE_CHECKING:
     from restow.opening import open_checkpoint as open
     from restow.plans import Plan as Plan
     from restow.targets import Shard as Shard
-    from restow.torch.convert import ConvertReport as ConvertReport
     from restow.torch.convert import convert as convert
+    from restow.torch.convert_report import ConvertReport as ConvertReport
     from restow.torch.disk_order import empty_like_disk as empty_like_disk
     from restow.torch.fingerprint import fingerprint as fingerprint
     from restow.torch.load import LoadReport as LoadReport
@@ -37,7 +37,7 @@ if _TYPE_CHECKING:
 
 _PLACES = {
     "Checkpoint": ("restow.checkpoint", "Checkpoint"),
-    "ConvertReport": ("restow.torch.convert", "ConvertReport"),
+    "ConvertReport": ("restow.torch.convert_report", "ConvertReport"),
     "Family": ("restow.family", "Family"),
     "Layout": ("restow.layout", "Layout"),
     "LoadReport": ("restow.torch.load", "LoadReport"),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from restow.torch.adapter_check import CheckReport
     from restow.torch.adapter_convert import LoraReport
     from restow.torch.adapter_merge import MergeReport
-    from restow.torch.convert import ConvertReport
+    from restow.torch.convert_report import ConvertReport
     from restow.torch.verify_report import VerifyReport
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from types import MappingProxyType
 
 from restow.boxes import whole
 from restow.checkpoint import Checkpoint
 from restow.coding import Coding
-from restow.decoded import FLOATS, Coded, DecodedTensors, coded_as, decoded, kept_coded
+from restow.decoded import FLOATS, Coded, DecodedTensors, decoded, kept_coded
 from restow.entries import Entry
 from restow.errors import (
     AmbiguousTensorError,
@@ -25,7 +24,6 @@ from restow.errors import (
     ShapeMismatchError,
     show,
 )
-from restow.family import Family
 from restow.find import Module
 from restow.landing import (
     Wish,
@@ -33,20 +31,19 @@ from restow.landing import (
     chosen_experts,
     find_landing,
     held_side,
-    layout_of,
     pair_modules,
 )
-from restow.layout import Layout, axis_size, name_of, shape_of
+from restow.layout import shape_of
+from restow.lost import Lost, lost_error
 from restow.moves import Move, Pattern, Side, freeze, moves
 from restow.naming import check_rename, renamed
 from restow.notation import Dim, Factor, Row
 from restow.plans import Copy, Part, Plan
 from restow.problems import merged
 from restow.quantized import no_values, refuse_cast
-from restow.targets import Runs, Target, whole_target
+from restow.targets import Runs, Target
 
 Take = tuple[tuple[str, tuple[int, ...]], ...]
-NOTHING: Mapping[str, Iterable[int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ def plan_of(prepared: Prepared, chosen: Mapping[str, Target]) -> Plan:
         layouts[path] = (from_module.path, _called(from_module), _called(module))
         draft.add_role(from_module, module, role)
     if draft.lost:
-        raise _lost_error(prepared.source, draft.lost)
+        raise lost_error(prepared.source, draft.lost)
     return draft.plan(tuple(layouts.values()))
 
 
@@ -186,60 +183,6 @@ def refuse(source: Checkpoint, strict: bool) -> tuple[str, ...]:
     if fatal or (strict and odd):
         raise merged(fatal or odd)
     return tuple(map(str, odd))
-
-
-def default_targets(
-    source: Checkpoint, layout: str | Layout | None, wish: Wish, *, keep_quantized: bool = False
-) -> list[Target]:
-    """The tensors that `source` has in another layout (`grouped` if None), whole, or a rank's part by `wish.shard`.
-
-    Quantised weights are plain ones there, unless `keep_quantized`: then the layout has rows for their companions.
-    """
-    targets = []
-    source = source if keep_quantized else decoded(source)
-    for path, module in source.modules.items():
-        to = layout_of(layout or "grouped", source.family)
-        assert to is not None
-        home = home_of(path, to, source.family)
-        to = coded_as(to, module) if module.codec is not None else to
-        experts = chosen_experts(wish.experts, path, module.sizes.get("e", 0))
-        sizes = {**module.sizes, **({"e": len(experts)} if experts is not None else {})}
-        for row in to.rows:
-            if row.role not in module.tensors:
-                continue
-            first = next((n for n in module.tensors[row.role] if n is not None), None)
-            if first is None:  # not one of its tensors is there to say a dtype
-                lost = range(len(module.tensors[row.role]))
-                raise _lost_error(source, [(module, row.role, lost)])
-            dtype, shape = source.tensors[first].dtype, shape_of(row, sizes)
-            if wish.shard is not None and wish.shard.axis in row.axes:
-                start, length = wish.shard.run(axis_size(row, wish.shard.axis, sizes))
-                local = {wish.shard.axis: length}
-                keep = {wish.shard.axis: range(start, start + length)}
-                shape = shape_of(row, {**sizes, **local})
-            else:
-                keep = {}
-            for name in row_names(row, sizes, keep):
-                targets.append(whole_target(f"{home}.{name}", shape, dtype))
-    others = ((name, source.tensors[name]) for name in source.others)
-    targets += [whole_target(name, entry.shape, entry.dtype) for name, entry in others]
-    return targets
-
-
-def home_of(path: str, to: Layout, family: Family | None) -> str:
-    """An experts module's path in layout `to`: the same, unless the family spells that below another container only."""
-    containers = [s.container for s in family.candidates() if s.layout == to] if family is not None else []
-    if family is None or not containers or any(f".{path}".endswith(f".{c}" if c else "") for c in containers):
-        return path
-    return f"{family.layer(path)}.{containers[0]}".lstrip(".")
-
-
-def row_names(row: Row, sizes: Mapping[str, int], keep: Mapping[str, Iterable[int]] = NOTHING) -> list[str]:
-    """The names of a row's tensors below their module, of some places along an axis or of all."""
-    from itertools import product
-
-    axes = [keep.get(axis, range(axis_size(row, axis, sizes))) for axis in row.name_axes]
-    return [name_of(row, index, sizes) for index in product(*axes)]
 
 
 def _called(module: Module) -> str:
@@ -455,43 +398,8 @@ def _plain_sizes(shape: Sequence[int]) -> tuple[tuple[str, int], ...]:
     return freeze({f"x{i}": n for i, n in enumerate(shape)})
 
 
-Lost = tuple[
-    Module, str, Sequence[int]
-]  # an experts module, a role, the places of tensors that are not there
-
-
-def _lost_error(source: Checkpoint, lost: Sequence[Lost]) -> MissingTensorError:
-    """Every tensor that is needed and not there, of every module; the counts are the first module's."""
-    from itertools import product
-
-    names: list[str] = []
-    experts: set[int] = set()
-    first = lost[0][0]
-    for module, role, places in lost:
-        row = module.layout.row(role)
-        lengths = [axis_size(row, axis, module.sizes) for axis in row.name_axes]
-        index = list(product(*map(range, lengths)))
-        names += [f"{module.path}.{name_of(row, index[i], module.sizes)}" for i in places]
-        if module is first and "e" in row.name_axes:
-            at = row.name_axes.index("e")
-            experts |= {index[i][at] for i in places}
-    count = first.sizes.get("e", 0)
-    held = [n for tensors in first.tensors.values() for n in tensors if n is not None]
-    files = sorted({source.tensors[name].pieces[0].file for name in held} - {""})
-    return MissingTensorError(
-        f"{count} experts in {show(first.path)}",
-        f"{count - len(experts) if experts else 0}",
-        path=source.path,
-        tensor=names[0],
-        sections=[("missing", map(show, names)), ("looked in", map(show, files))],
-        hint="get the checkpoint again: nothing is filled in their place",
-    )
-
-
 __all__ = [
     "Prepared",
-    "default_targets",
-    "home_of",
     "make_plan",
     "owners_of",
     "pair_others",
@@ -499,5 +407,4 @@ __all__ = [
     "prepare",
     "raise_fatal",
     "refuse",
-    "row_names",
 ]

@@ -24,10 +24,11 @@ from restow.layout import Layout, axis_size, name_of
 from restow.moves import freeze
 from restow.named import FORMS
 from restow.notation import Row
-from restow.planning import default_targets, make_plan
+from restow.planning import make_plan
 from restow.plans import Copy, Plan, Read
 from restow.reads import GAP, spans
 from restow.targets import Runs, Shard, Target, axis_runs
+from restow.wanted import default_targets
 
 Place = tuple[Row, tuple[int, ...], Mapping[str, int]]  # a row, the index in its names, the module's sizes
 

@@ -1,6 +1,6 @@
 """`restow.convert`: a checkpoint on disk into another layout on disk, exactly, in bounded memory, published at once.
 
-The destination's tensors are what `planning.default_targets` says, or the very files that a record holds; they are
+The destination's tensors are what `wanted.default_targets` says, or the very files that a record holds; they are
 filled chunk by chunk by the same plans and the same executor as a load, and written through `publish`. It rejects
 unknown layouts, sources with fatal problems, and destinations that `publish` rejects, before anything is written.
 """
@@ -34,7 +34,7 @@ from restow.mending import FLOATS as CASTS
 from restow.mending import with_dtype, with_experts
 from restow.opening import open_checkpoint
 from restow.outfiles import INDEX, OutFile, index_text, nbytes, new_files, recorded_files
-from restow.planning import Prepared, default_targets, home_of, prepare, refuse
+from restow.planning import Prepared, prepare, refuse
 from restow.problems import Problem, merged
 from restow.publish import Staging
 from restow.record import SECTION, make_record, read_record
@@ -42,6 +42,7 @@ from restow.sidefiles import side_files
 from restow.stated import statement
 from restow.targets import Target, whole_target
 from restow.torch.chunks import CHUNK, Filled, Slice, raw, side_by_side, slices, stream
+from restow.torch.convert_report import ConvertReport
 from restow.torch.digesting import Digests
 from restow.torch.dtypes import dtype_name, narrows, wider
 from restow.torch.encoded import (
@@ -56,44 +57,9 @@ from restow.torch.encoded import (
 from restow.torch.read import Progress
 from restow.torch.resume import note_of, recognised, work_of
 from restow.torch.values import judge_scales
+from restow.wanted import default_targets, home_of
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertReport:
-    """What a conversion did: sizes in bytes, `seconds` for the whole call, the disk's sync included.
-
-    `narrowed` maps a tensor to the cast that lost precision; `left_behind` are files of the source that were not
-    taken along; `notes` is what the user should be told.
-    """
-
-    target: str
-    layout: str
-    files: int
-    tensors: int
-    bytes_read: int
-    bytes_written: int
-    narrowed: Mapping[str, str]
-    left_behind: tuple[str, ...]
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...]
-    seconds: float
-
-    def __str__(self) -> str:
-        rate = self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
-        lines = [
-            f"converted to {self.layout}: {self.tensors:,} tensors, {self.bytes_written:,} bytes in "
-            f"{self.files} file{'s' if self.files != 1 else ''} at {show(self.target)}, {self.seconds:.1f} s ({rate:.2f} GB/s)"
-        ]
-        if self.narrowed:
-            name, cast = next(iter(self.narrowed.items()))
-            lines.append(f"  narrowed {len(self.narrowed)} tensors, such as {show(name)}: {cast}")
-        if self.left_behind:
-            lines.append(f"  left behind: {', '.join(map(show, self.left_behind))}")
-        lines += [f"  warning: {text}" for text in self.warnings]
-        lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,12 @@ from restow.landing import Wish
 from restow.layout import Layout
 from restow.naming import Rename, renamed
 from restow.opening import family_of, open_checkpoint
-from restow.planning import Prepared, default_targets, plan_of, prepare
+from restow.planning import Prepared, plan_of, prepare
 from restow.targets import Target
 from restow.torch.dtypes import dtype_name, torch_dtype
 from restow.torch.execute import execute
 from restow.torch.storage import Slot, slot_of
+from restow.wanted import default_targets
 
 StrPath = str | os.PathLike[str]
 

@@ -21,11 +21,12 @@ from restow.landing import Experts, Wish
 from restow.layout import Layout, Sizes, axis_size
 from restow.notation import Row, dim_keys
 from restow.opening import family_of
-from restow.planning import default_targets, prepare
+from restow.planning import prepare
 from restow.problems import merged
 from restow.targets import Shard
 from restow.torch.dtypes import torch_dtype
 from restow.torch.load import Source, as_checkpoint
+from restow.wanted import default_targets
 
 
 def empty_like_disk(

@@ -34,7 +34,7 @@ from restow.landing import Wish, chosen_experts
 from restow.layout import Layout, shape_of
 from restow.outfiles import OutFile
 from restow.packing import Packed, first_element, packed_weights, pieces
-from restow.planning import Prepared, owners_of, prepare, row_names
+from restow.planning import Prepared, owners_of, prepare
 from restow.problems import merged
 from restow.targets import Target, whole_target
 from restow.torch.chunks import Filled, Slice, slices
@@ -42,6 +42,7 @@ from restow.torch.dtypes import torch_dtype
 from restow.torch.encode import encode
 from restow.torch.outline import entries_of
 from restow.torch.read import default_threads
+from restow.wanted import row_names
 
 CHUNK = 16 << 20  # elements that are filled at once, in float32
 

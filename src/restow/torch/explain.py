@@ -16,10 +16,11 @@ import xxhash
 from restow.checkpoint import Checkpoint
 from restow.landing import Wish
 from restow.layout import Layout
-from restow.planning import Prepared, default_targets, prepare
+from restow.planning import Prepared, prepare
 from restow.torch.chunks import CHUNK, fill, grouped, raw, slices
 from restow.torch.dtypes import torch_dtype
 from restow.torch.leaves import Leaf, name_index
+from restow.wanted import default_targets
 
 if TYPE_CHECKING:
     from restow.torch.verify_report import Difference

@@ -36,7 +36,7 @@ from restow.layout import Layout
 from restow.naming import Rename, check_rename, renamed
 from restow.opening import family_of, open_checkpoint
 from restow.pages import on_network
-from restow.planning import default_targets, make_plan, plan_of, prepare
+from restow.planning import make_plan, plan_of, prepare
 from restow.plans import Plan
 from restow.problems import Problem, alike, merged
 from restow.targets import Shard
@@ -48,6 +48,7 @@ from restow.torch.read import Booked, Progress
 from restow.torch.storage import Into, Slots, named_as, slot_of, slots_of
 from restow.torch.team import Team
 from restow.torch.values import judge_scales
+from restow.wanted import default_targets
 
 Source = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
 

@@ -19,13 +19,14 @@ from restow.family import Family
 from restow.landing import Wish, layout_of
 from restow.layout import Layout, rows_text
 from restow.opening import family_of
-from restow.planning import default_targets, make_plan
+from restow.planning import make_plan
 from restow.plans import Copy, Plan
 from restow.torch.dtypes import torch_dtype
 from restow.torch.load import as_checkpoint
 from restow.torch.on_device import moved_on_device
 from restow.torch.read import run_plan
 from restow.torch.strides import real_places
+from restow.wanted import default_targets
 
 
 def relayout(
