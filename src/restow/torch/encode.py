@@ -50,6 +50,10 @@ def encode(
         return encode(values.reshape(1), (1,), element, scale_dtype, name=name)
     bits = 8 if element in _FLOATS else 4
     grid = tuple(-(-n // block) for n, block in zip(values.shape, blocks, strict=True))
+    if values.dim() > 1 and blocks[0] == 1 and values.shape[1] % blocks[1] == 0:
+        # No block straddles what a stack holds: as one tall matrix it is cut into bands that a cache can hold.
+        made = encode(values.flatten(0, 1), blocks[1:], element, scale_dtype, name=name, pool=pool)
+        return made._replace(scales=made.scales.view(grid))
     codes = torch.empty(values.numel() * bits // 8, dtype=torch.uint8)
     scales = torch.empty(grid, dtype=torch_dtype(scale_dtype))
     per = max(1, prod(values.shape[1:]))
