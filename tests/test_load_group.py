@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import restow
-from moe import Model, Tensors, differing, painted
+from moe import Model, Tensors, differing
 from restow.errors import MissingTensorError, PeerFailedError, UsageError
 from restow.folder import open_folder
 from restow.handover import handed_over, taken_over
 from restow.opening import open_checkpoint, read_as
+from restow.torch import read
 from restow.torch import team as teams
 from restow.torch.replicas import Held, shared
 from save_ranks import ranks, values
@@ -209,6 +210,18 @@ def test_readers_are_balanced_and_every_rank_computes_the_same() -> None:
     assert shared([held(), held()]) == [] == shared([held(3), held(4)])
 
 
+def test_threads_are_what_the_machine_has_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "cores", lambda: 16)
+    assert read.default_threads() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert read.default_threads() == 8, "left over from another job: nobody is here"
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert read.default_threads() == 4
+    for said, threads in (("32", 1), ("0", 8), ("many", 8), ("", 8)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+        assert read.default_threads() == threads
+
+
 def test_a_folder_is_handed_over_whole(tmp_path: Path) -> None:
     folder = open_folder(EIGHT.written(tmp_path))
     again = taken_over(handed_over(folder))
@@ -218,4 +231,3 @@ def test_a_folder_is_handed_over_whole(tmp_path: Path) -> None:
     )  # fmt: skip
     one, other = read_as(again), open_checkpoint(tmp_path)
     assert one.modules == other.modules and one.stamps == other.stamps and one.problems == other.problems
-    assert painted({}) == {}

@@ -246,7 +246,8 @@ class Streams:
         now = torch.cuda.current_stream(device)
         self._sending.wait_stream(now)
         self._moving.wait_stream(now)
-        self._gone = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # host slot free
+        # Many readers wait for one slot: they must sleep, not spin on the cores that the others read with.
+        self._gone = [torch.cuda.Event(blocking=True) for _ in range(SLOTS)]  # type: ignore[no-untyped-call]
         self._done = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # device slot free
 
     def wait(self, slot: int) -> None:

@@ -149,7 +149,7 @@ def cores() -> int:
 
 
 def local_ranks() -> int:
-    """Processes of this job on this machine, as its launcher says, without a word between them."""
+    """Processes of this job on this machine, as its launcher says: nothing else tells it without a word between them."""
     said = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(said) if said.isdecimal() and int(said) and torch.distributed.is_initialized() else 1
 
