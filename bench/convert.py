@@ -5,9 +5,9 @@ usage: python bench/convert.py [--small] [--rounds N] [--save] [--folder DIR]
 128 experts of 2048 x 768 in bfloat16, one tensor per expert and projection. `cp` followed by a sync of the same bytes
 is the floor: it reads and writes every byte once. All ways take turns, each beside a cp of its own source, by turns
 before and after it, and a ratio is the median over the rounds of (seconds of cp + sync) / (seconds of the conversion,
-its own syncs and renames included). Before each run its source is in the page cache, free memory has been touched and nothing waits to be written. A
-conversion runs in a process of its own, whose peak memory (VmHWM) is that of Python and torch too; its time is that of
-the call, imports not counted.
+its own syncs and renames included). Before each run its source is in the page cache, free memory has been touched and
+nothing waits to be written. A conversion runs in a process of its own, whose peak memory (VmHWM) is that of Python and
+torch too; its time is that of the call, imports not counted.
 
     grouped   one tensor per expert to [E, d, 2f] and [E, f, d]: every matrix is transposed on the way
     undone    grouped to "source": every file must be identical to the one it came from
