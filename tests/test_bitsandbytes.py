@@ -16,6 +16,7 @@ from restow import errors
 
 E, F, D = 3, 128, 192
 EXPERTS = "model.layers.0.mlp.experts"
+BROKEN = f"{EXPERTS}.1.up_proj.weight"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 NF4 = torch.tensor([  # QLoRA, appendix E
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -92,7 +93,10 @@ def wanted(values: State) -> State:
 
 
 def double(folder: Path, kind: str = "nf4", **note: Any) -> tuple[Path, State, State]:
-    """As `split`, with scales that are bytes: a place in a table, times a scale per 256, plus an offset."""
+    """As `split`, with scales that are bytes: a place in a table, times a scale per 256, plus an offset.
+
+    `note` is what the note of one weight says instead.
+    """
     stored, values = rest(E, D), State()
     shapes = {
         f"{EXPERTS}.{e}.{k}_proj.weight": (D, F) if k == "down" else (F, D)
@@ -109,7 +113,8 @@ def double(folder: Path, kind: str = "nf4", **note: Any) -> tuple[Path, State, S
         offset = float(torch.tensor(0.1 + seed / (1 if seed % 2 else 7)))
         scales = table[places.long()] * nested.repeat_interleave(256)[: len(places)] + torch.tensor(offset)
         text = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": shape, "nested_blocksize": 256,
-                "nested_dtype": "float32", "nested_offset": offset, **note}  # fmt: skip
+                "nested_dtype": "float32", "nested_offset": offset}  # fmt: skip
+        text |= note if name == BROKEN else {}
         parts |= {
             f"{name}.absmax": places, f"{name}.nested_quant_map": table, f"{name}.nested_absmax": nested,
             f"{name}.quant_state.bitsandbytes__{kind}": torch.tensor(list(json.dumps(text).encode()), dtype=torch.uint8),
@@ -187,8 +192,8 @@ def test_double_quantised_converts_and_is_not_carried(tmp_path: Path) -> None:
     expected = (
         f"expected notes of one length beside nf4_double codes, to carry them along, found {min(lengths)} to "
         f"{max(lengths)} bytes\n"
-        f"  where     {folder}\n"
         f"  tensor    {EXPERTS}.0.gate_proj.weight.quant_state.bitsandbytes__nf4\n"
+        f"  in        {folder}\n"
         "  try       without keep_quantized, or into plain tensors, the weights are decoded"
     )
     with pytest.raises(errors.QuantizationError) as caught:
@@ -201,22 +206,24 @@ def test_double_quantised_converts_and_is_not_carried(tmp_path: Path) -> None:
 
 
 def test_broken_notes_of_double_quantisation(tmp_path: Path) -> None:
-    name = f"{EXPERTS}.0.gate_proj.weight"
     for number, (note, text) in enumerate((
         ({"nested_offset": None}, "expected JSON with nested_offset in {0}, found TypeError"),
         ({"nested_offset": 1e999}, "expected a finite nested_offset and nested_blocksize 256 in {0}, found inf and 256"),
-        ({"nested_blocksize": 128}, "expected a finite nested_offset and nested_blocksize 256 in {0}, found 0.1"),
+        ({"nested_blocksize": 128, "nested_offset": 0.5}, "expected a finite nested_offset and nested_blocksize 256 in {0}, found 0.5 and 128"),
     )):  # fmt: skip
         folder, _, values = double(tmp_path / f"{number}", **note)
         with pytest.raises(errors.QuantizationError) as caught:
             restow.load(folder, {n: torch.empty_like(value) for n, value in values.items()}, part=True)
-        assert text.format(f"{name}.quant_state.bitsandbytes__nf4") in str(caught.value)
+        assert text.format(f"{BROKEN}.quant_state.bitsandbytes__nf4") in str(caught.value)
     folder, stored, _ = double(tmp_path / "lost")
-    del stored[f"{name}.nested_absmax"]
+    del stored[f"{BROKEN}.nested_absmax"]
     write(folder, stored, config(about(bnb_4bit_use_double_quant=True), E, F, D))
     (error,) = [p.error for p in restow.open(folder).problems if p.fatal]
     assert type(error) is errors.QuantizationError
-    assert f"{name}.nested_absmax" in str(error)
+    assert f"{BROKEN}.nested_absmax" in str(error)
+    folder, stored, _ = stacked(tmp_path / "stacked")
+    write(folder, stored, config(about(bnb_4bit_use_double_quant=True), E, F, D))
+    assert [type(p.error) for p in restow.open(folder).problems if p.fatal] == [errors.QuantizationError]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
