@@ -543,6 +543,6 @@ def test_layouts_are_listed_as_a_family_means_them() -> None:
         code, out, err = run(*wrong)
         assert (code, out) == (2, "")
         assert err == (
-            "expected a model type of the catalogue, found 'nope'\n"
+            "restow.errors.UsageError: expected a model type of the catalogue, found 'nope'\n"
             "  try       restow families lists them; docs/adding-a-family.md says how to add one\n"
         )
