@@ -16,6 +16,7 @@ from restow import errors
 
 E, F, D = 3, 128, 192
 EXPERTS = "model.layers.0.mlp.experts"
+BROKEN = f"{EXPERTS}.1.up_proj.weight"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 NF4 = torch.tensor([  # QLoRA, appendix E
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -91,7 +92,41 @@ def wanted(values: State) -> State:
     return {**grouped(values, E), Q_PROJ: values[Q_PROJ]}
 
 
-FORMS = {"split": split, "stacked": stacked}
+def double(folder: Path, kind: str = "nf4", **note: Any) -> tuple[Path, State, State]:
+    """As `split`, with scales that are bytes: a place in a table, times a scale per 256, plus an offset.
+
+    `note` is what the note of one weight says instead.
+    """
+    stored, values = rest(E, D), State()
+    shapes = {
+        f"{EXPERTS}.{e}.{k}_proj.weight": (D, F) if k == "down" else (F, D)
+        for e in range(E)
+        for k in ("gate", "up", "down")
+    }
+    for seed, (name, shape) in enumerate({**shapes, Q_PROJ: (96, D)}.items()):
+        parts, _ = linear(kind, seed, name, *shape)
+        make = torch.Generator().manual_seed(seed)
+        places = torch.randint(0, 256, (shape[0] * shape[1] // 64,), dtype=torch.uint8, generator=make)
+        table = torch.rand(256, generator=make) * 2 - 1
+        nested = torch.rand(-(-len(places) // 256), generator=make) + 0.01
+        # Notes have lengths of their own: so has the text of a number.
+        offset = float(torch.tensor(0.1 + seed / (1 if seed % 2 else 7)))
+        scales = table[places.long()] * nested.repeat_interleave(256)[: len(places)] + torch.tensor(offset)
+        text = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": shape, "nested_blocksize": 256,
+                "nested_dtype": "float32", "nested_offset": offset}  # fmt: skip
+        text |= note if name == BROKEN else {}
+        parts |= {
+            f"{name}.absmax": places, f"{name}.nested_quant_map": table, f"{name}.nested_absmax": nested,
+            f"{name}.quant_state.bitsandbytes__{kind}": torch.tensor(list(json.dumps(text).encode()), dtype=torch.uint8),
+        }  # fmt: skip
+        stored |= parts
+        halves = torch.stack([parts[name] >> 4, parts[name] & 15], -1).flatten().long()
+        values[name] = (TABLES[kind][halves] * scales.repeat_interleave(64)).view(shape)
+    about_it = about(kind, bnb_4bit_use_double_quant=True)
+    return write(folder, stored, config(about_it, E, F, D)), stored, values
+
+
+FORMS = {"split": split, "stacked": stacked, "double": double}
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -121,7 +156,7 @@ def test_decodes_by_the_published_values(tmp_path: Path, kind: str, form: str) -
         assert all(torch.equal(into[name], part) for name, part in parts.items()), axis
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["split", "stacked"])
 def test_converts_verifies_and_is_kept(tmp_path: Path, form: str) -> None:
     folder, stored, _ = FORMS[form](tmp_path / "a")
     restow.convert(folder, tmp_path / "g", to="grouped")
@@ -146,6 +181,51 @@ def test_converts_verifies_and_is_kept(tmp_path: Path, form: str) -> None:
     assert not (tmp_path / "o").exists()
 
 
+def test_double_quantised_converts_and_is_not_carried(tmp_path: Path) -> None:
+    folder, stored, _ = double(tmp_path / "a")
+    restow.convert(folder, tmp_path / "g", to="grouped")
+    assert restow.open(tmp_path / "g").problems == ()
+    assert restow.verify(folder, tmp_path / "g").equal
+    lengths = {
+        t.numel() for n, t in stored.items() if "quant_state" in n and "experts" in n and "down" not in n
+    }
+    expected = (
+        f"expected notes of one length beside nf4_double codes, to carry them along, found {min(lengths)} to "
+        f"{max(lengths)} bytes\n"
+        f"  tensor    {EXPERTS}.0.gate_proj.weight.quant_state.bitsandbytes__nf4\n"
+        f"  in        {folder}\n"
+        "  try       without keep_quantized, or into plain tensors, the weights are decoded"
+    )
+    with pytest.raises(errors.QuantizationError) as caught:
+        restow.convert(folder, tmp_path / "k", to="split", keep_quantized=True)
+    assert str(caught.value) == expected
+    assert not (tmp_path / "k").exists()
+    with pytest.raises(errors.QuantizationError) as caught:
+        restow.load(folder, {name: torch.empty_like(tensor) for name, tensor in stored.items()})
+    assert str(caught.value) == expected
+
+
+def test_broken_notes_of_double_quantisation(tmp_path: Path) -> None:
+    for number, (note, text) in enumerate((
+        ({"nested_offset": None}, "expected JSON with nested_offset in {0}, found TypeError"),
+        ({"nested_offset": 1e999}, "expected a finite nested_offset and nested_blocksize 256 in {0}, found inf and 256"),
+        ({"nested_blocksize": 128, "nested_offset": 0.5}, "expected a finite nested_offset and nested_blocksize 256 in {0}, found 0.5 and 128"),
+    )):  # fmt: skip
+        folder, _, values = double(tmp_path / f"{number}", **note)
+        with pytest.raises(errors.QuantizationError) as caught:
+            restow.load(folder, {n: torch.empty_like(value) for n, value in values.items()}, part=True)
+        assert text.format(f"{BROKEN}.quant_state.bitsandbytes__nf4") in str(caught.value)
+    folder, stored, _ = double(tmp_path / "lost")
+    del stored[f"{BROKEN}.nested_absmax"]
+    write(folder, stored, config(about(bnb_4bit_use_double_quant=True), E, F, D))
+    (error,) = [p.error for p in restow.open(folder).problems if p.fatal]
+    assert type(error) is errors.QuantizationError
+    assert f"{BROKEN}.nested_absmax" in str(error)
+    folder, stored, _ = stacked(tmp_path / "stacked")
+    write(folder, stored, config(about(bnb_4bit_use_double_quant=True), E, F, D))
+    assert [type(p.error) for p in restow.open(folder).problems if p.fatal] == [errors.QuantizationError]
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     def fatal(folder: Path, **more: Any) -> list[str]:
         path = folder / "config.json"
@@ -154,9 +234,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         return [str(p.error) for p in restow.open(folder).problems if p.fatal]
 
     folder, *_ = split(tmp_path / "a")
-    expected = "expected bitsandbytes weights in 4 bits (nf4 or fp4) in uint8, with scales that are not quantised themselves"
+    expected = "expected bitsandbytes weights in 4 bits (nf4 or fp4) in uint8, their scales in float32 or double-quantised"
     for more, found in (
-        ({"bnb_4bit_use_double_quant": True}, "bnb_4bit_use_double_quant True"),
+        ({"bnb_4bit_use_double_quant": "yes"}, "bnb_4bit_use_double_quant 'yes'"),
         ({"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage 'bfloat16'"),
         ({"load_in_4bit": False, "load_in_8bit": True}, "load_in_4bit False"),
         ({"kind": "af4"}, "bnb_4bit_quant_type 'af4'"),
@@ -292,7 +372,8 @@ def test_nf4_equals_bitsandbytes_own_quantizer(tmp_path: Path, to: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TABLES)
-def test_equals_bitsandbytes(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("twice", [False, True])
+def test_equals_bitsandbytes(tmp_path: Path, kind: str, twice: bool) -> None:
     """Its own quantiser made the files, its own dequantiser says what they mean."""
     functional = pytest.importorskip("bitsandbytes.functional")
     stored, values = rest(E, D), State()
@@ -300,11 +381,13 @@ def test_equals_bitsandbytes(tmp_path: Path, kind: str) -> None:
         for k in ("gate", "up", "down"):
             name = f"{EXPERTS}.{e}.{k}_proj.weight"
             weight = torch.randn((D, F) if k == "down" else (F, D)).to(torch.bfloat16)
-            codes, about_it = functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+            codes, about_it = functional.quantize_4bit(
+                weight, blocksize=64, quant_type=kind, compress_statistics=twice
+            )
             stored[name] = codes
             stored |= {f"{name}.{key}": t for key, t in about_it.as_dict(packed=True).items()}
             values[name] = functional.dequantize_4bit(codes, about_it)
-    folder = write(tmp_path / "a", stored, config(about(kind), E, F, D))
+    folder = write(tmp_path / "a", stored, config(about(kind, bnb_4bit_use_double_quant=twice), E, F, D))
     assert restow.open(folder).problems == ()
     into = {name: torch.empty_like(value) for name, value in values.items()}
     restow.load(folder, into, part=True)

@@ -539,4 +539,10 @@ def test_layouts_are_listed_as_a_family_means_them() -> None:
     code, out, _ = run("layouts", "--family", "gpt_oss")
     assert code == 0
     assert "in gate_and_up_projs e d (f p)" in [" ".join(line.split()) for line in out.splitlines()]
-    assert run("layouts", "--family", "nope")[0] == 1
+    for wrong in (("layouts", "--family", "nope"), ("families", "nope")):
+        code, out, err = run(*wrong)
+        assert (code, out) == (2, "")
+        assert err == (
+            "restow.errors.UsageError: expected a model type of the catalogue, found 'nope'\n"
+            "  try       restow families lists them; docs/adding-a-family.md says how to add one\n"
+        )

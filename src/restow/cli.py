@@ -303,9 +303,8 @@ def layouts(
 ) -> Answer:
     """List the named layouts and their rows, or what each name means in a family."""
     from restow.listing import layouts_answer
-    from restow.opening import family_of
 
-    return layouts_answer(family_of(family))
+    return layouts_answer(family)
 
 
 @verb

@@ -27,9 +27,12 @@ METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType({"mxfp4": ("mxfp4",), 
 MODELOPT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"NVFP4": ("nvfp4",), "FP8_PB_WO": ("fp8_modelopt",)}
 )
-BITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"nf4": ("nf4", "nf4_experts"), "fp4": ("bnb_fp4", "bnb_fp4_experts")}
-)
+BITS: Mapping[tuple[str, bool], tuple[str, ...]] = MappingProxyType({  # by type, and whether scales are coded too
+    ("nf4", False): ("nf4", "nf4_experts"),
+    ("fp4", False): ("bnb_fp4", "bnb_fp4_experts"),
+    ("nf4", True): ("nf4_double",),
+    ("fp4", True): ("bnb_fp4_double",),
+})  # fmt: skip
 KNOWN = (
     "fp8",
     *METHODS,
@@ -135,22 +138,23 @@ def _fp8(said: Mapping[str, object], words: tuple[str, ...]) -> Announced:
 
 
 def _bitsandbytes(said: Mapping[str, object]) -> tuple[str, ...]:
-    """The codecs of a bitsandbytes config: 4 bits, a float32 per 64 of them, bytes as storage."""
+    """The codecs of a bitsandbytes config: 4 bits, a scale per 64 of them, bytes as storage."""
     kind = str(said.get("bnb_4bit_quant_type", "fp4"))
+    double = said.get("bnb_4bit_use_double_quant", False)
     odd = {
         "load_in_4bit": said.get("load_in_4bit", said.get("_load_in_4bit")) is not True,
-        "bnb_4bit_quant_type": kind not in BITS,
-        "bnb_4bit_use_double_quant": said.get("bnb_4bit_use_double_quant", False) is not False,
+        "bnb_4bit_quant_type": (kind, False) not in BITS,
+        "bnb_4bit_use_double_quant": not isinstance(double, bool),
         "bnb_4bit_quant_storage": said.get("bnb_4bit_quant_storage", "uint8") != "uint8",
     }
     if any(odd.values()):
         raise QuantizationError(
-            "bitsandbytes weights in 4 bits (nf4 or fp4) in uint8, with scales that are not quantised themselves",
+            "bitsandbytes weights in 4 bits (nf4 or fp4) in uint8, their scales in float32 or double-quantised",
             ", ".join(f"{key} {said.get(key)!r}" for key, wrong in odd.items() if wrong),
             path="config.json",
             hint="decode the weights with the tool that wrote them, and restow the result",
         )
-    return BITS[kind]
+    return BITS[kind, bool(double)]
 
 
 def _compressed(said: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[int, int] | None]:

@@ -9,6 +9,8 @@ A codec is a record: what an element's bits mean, and rows below the weight's na
 config announces, `?` for a length that only the file says; dims before the last two stay before them.
 Companions (`scale`, `scale2`) say how they act on the element; `spare` rows are carried along and change no value, or
 follow from this table: the element's `values`, a `note` of type and shape.
+A scale may itself be `coded`: the next row is the `table` of what its bytes mean, `nested` its scales, `offset` a note
+whose `nested_offset` is added; such notes have lengths of their own.
 Nothing here knows files. Rejected are weights that a codec cannot say: `None`.
 """
 
@@ -23,10 +25,18 @@ from restow.notation import Dim, Factor, Row
 
 FLOATS = ("F32", "F16", "BF16")
 WORD_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32}
-COMPANIONS = (".scale", ".scale2", ".spare", ".spare2")  # what the roles of companion rows end with
+COMPANIONS = (
+    ".scale",
+    ".scale2",
+    ".scale3",
+    ".scale4",
+    ".spare",
+    ".spare2",
+)  # what the roles of companion rows end with
 CODES = ".codes"
 WEIGHTS = ("in", "out", "in2", "out2")  # the roles that are coded: of both banks, where there are two
-ACTS = ("multiply", "divide", "exponent", "values", "note")
+NESTED = ("table", "nested", "offset")  # what acts on the coded scale before it, not on elements
+ACTS = ("multiply", "divide", "exponent", "coded", *NESTED, "values", "note")
 
 TABLE = """
 fp8                e4m3  8  F8_E4M3
@@ -90,6 +100,20 @@ bnb_fp4            bnb_fp4  4  U8
   scale    {}.absmax             rc/64        multiply  F32
   spare    {}.quant_map          16           values    F32
   spare2   {}.quant_state.bitsandbytes__fp4  ?  note  U8
+nf4_double         nf4   4  U8
+  codes    {}                    rc/2 1
+  scale    {}.absmax             rc/64        coded     U8
+  scale2   {}.nested_quant_map   256          table     F32
+  scale3   {}.nested_absmax      rc/16384     nested    F32
+  scale4   {}.quant_state.bitsandbytes__nf4  ?  offset  U8
+  spare    {}.quant_map          16           values    F32
+bnb_fp4_double     bnb_fp4  4  U8
+  codes    {}                    rc/2 1
+  scale    {}.absmax             rc/64        coded     U8
+  scale2   {}.nested_quant_map   256          table     F32
+  scale3   {}.nested_absmax      rc/16384     nested    F32
+  scale4   {}.quant_state.bitsandbytes__fp4  ?  offset  U8
+  spare    {}.quant_map          16           values    F32
 nf4_experts        nf4   4  U8
   codes    {}                    rc/2
   scale    {_}_absmax            rc/64        multiply  F32
@@ -131,6 +155,10 @@ class Codec(NamedTuple):
 
     def companions(self, spares: bool) -> tuple[Companion, ...]:
         return (*self.scales, *(self.spares if spares else ()))
+
+    def ragged(self, role: str) -> bool:
+        """Whether the tensors of a companion's row have lengths of their own."""
+        return any(scale.how == "offset" and role.endswith(scale.role) for scale in self.scales)
 
 
 def rounds(codec: Codec, dtype: str) -> bool:

@@ -20,6 +20,7 @@ from restow.checkpoint import Checkpoint
 from restow.codecs import (
     CODES,
     COMPANIONS,
+    NESTED,
     WEIGHTS,
     WORD_BITS,
     Codec,
@@ -160,7 +161,12 @@ class CodedWeights(Mapping[str, Coded]):
         for companion, scale in zip(codec.scales, scales, strict=True):
             at = next(r for r in rows if r.role.endswith(companion.role))
             entry = self.raw[scale]
-            if entry.dtype not in companion.dtypes or shape_of(at, sizes) != entry.shape:
+            if entry.dtype not in companion.dtypes:
+                return False
+            if companion.how == "offset":
+                if len(entry.shape) != 1:
+                    return False
+            elif shape_of(at, sizes) != entry.shape:
                 return False
         return True
 
@@ -216,7 +222,12 @@ class CodedWeights(Mapping[str, Coded]):
                     "scales in one piece", f"{len(self.raw[scale].pieces)} pieces of {show(scale)}", scale
                 )
             how = next(c.how for end, c in by_role.items() if at.role.endswith(end))
+            if how == "offset":
+                grids.append((scale, self._note(scale)))
+                continue
             grids.append((scale, self._grid(row, at, shape, how, sizes)))
+            if how in NESTED:
+                continue
             last = dim_keys(row.dims[-1]) if row.dims else ()
             columns = axis_size(row, last[-1], sizes) if len(last) > 1 else 0
             if any(term.dim == len(shape) - 1 and columns % term.divisor for term in grids[-1][1].terms):
@@ -246,7 +257,12 @@ class CodedWeights(Mapping[str, Coded]):
         if len(logical_row(codec, codes).dims) > 1:
             return shape[0], shape[1] * codes.dims[-1].factors[0].divisor
         note = next(
-            (n for c in codec.spares if c.dims == ("?",) and (n := spelled(c.name, weight)) in self.raw), None
+            (
+                n
+                for c in codec.companions(True)
+                if c.dims == ("?",) and (n := spelled(c.name, weight)) in self.raw
+            ),
+            None,
         )
         if note is None or self.path is None:
             return None
@@ -275,6 +291,13 @@ class CodedWeights(Mapping[str, Coded]):
         if key not in self._known:
             self._known[key] = Grid(how, found, terms_of(row, scale, sizes))
         return self._known[key]
+
+    def _note(self, name: str) -> Grid:
+        """A note with what is added to every scale: read whole."""
+        shape = self.raw[name].shape
+        if prod(shape) > NOTE_LIMIT:
+            raise self._error(f"a note of at most {NOTE_LIMIT} bytes", f"{list(shape)}", name)
+        return Grid("offset", shape, ())
 
     def _error(self, expected: str, found: str, name: str) -> QuantizationError:
         return QuantizationError(expected, found, path=self.path, tensor=name)

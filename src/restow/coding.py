@@ -30,7 +30,7 @@ class Term(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How a scale is found and acts: multiply, divide or exponent; the scale tensor's shape; and its terms."""
+    """How a scale is found and acts: a word of the table of codecs; the scale tensor's shape; and its terms."""
 
     how: str
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ def byte_box(bits: int, at: int, sizes: Sequence[int], steps: Sequence[int]) -> 
 def scale_box(
     coding: Coding, number: int, at: int, sizes: tuple[int, ...], steps: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    """The (start, length) per dim of a scale that a box of elements needs."""
+    """The (start, length) per dim of a scale that a box of elements needs; dims that no term counts are taken whole."""
     grid = coding.grids[number]
     box = [[0, 0] for _ in grid.shape]
     places = index_of(coding, at)
@@ -93,7 +93,11 @@ def scale_box(
                     high += (size - 1) * (local // term.stride)
         box[term.to][0] += low // term.divisor * term.step
         box[term.to][1] += high // term.divisor * term.step
-    return tuple((low, high - low + 1) for low, high in box)
+    counted = {term.to for term in grid.terms}
+    return tuple(
+        (low, high - low + 1) if dim in counted else (0, grid.shape[dim])
+        for dim, (low, high) in enumerate(box)
+    )
 
 
 def index_of(coding: Coding, at: int) -> tuple[int, ...]:

@@ -273,7 +273,8 @@ def _fit(
                 extra.append(name)
                 continue
             slots[_flat(index, lengths)] = name
-            if shapes[name] != expected:
+            loose = spelling.codec is not None and spelling.codec.ragged(row.role)
+            if shapes[name] != expected and not (loose and len(shapes[name]) == 1):
                 wrong.append((name, _shape_text(row, {**solved, **local})))
         if row.role.endswith(COMPANIONS):
             names = (name_of(row, _index(i, lengths), solved) for i, name in enumerate(slots) if name is None)

@@ -32,6 +32,12 @@ def families_answer(model_type: str | None = None) -> Answer:
         return Answer(
             {"families": [_facts(n, f) for n, f in _sorted()]}, [Line(head, "head"), *map(Line, rest)]
         )
+    family = known_family(model_type)
+    return Answer(_facts(model_type, family), [Line(model_type, "head"), *map(Line, _lines(family))])
+
+
+def known_family(model_type: str) -> Family:
+    """A family of the catalogue. Raises `UsageError` for another, with names that are near."""
     if model_type not in FAMILIES:
         near = [name for name in FAMILIES if model_type.split("_")[0] in name]
         raise UsageError(
@@ -40,12 +46,12 @@ def families_answer(model_type: str | None = None) -> Answer:
             sections=[("near", near[:8])] if near else (),
             hint="restow families lists them; docs/adding-a-family.md says how to add one",
         )
-    family = FAMILIES[model_type]
-    return Answer(_facts(model_type, family), [Line(model_type, "head"), *map(Line, _lines(family))])
+    return FAMILIES[model_type]
 
 
-def layouts_answer(family: Family | None = None) -> Answer:
+def layouts_answer(model_type: str | None = None) -> Answer:
     """Every named layout, or what each name means in one family."""
+    family = known_family(model_type) if model_type is not None else None
     names = family.form_names() if family is not None else tuple(NAMED)
     layouts = {name: family.form(name) if family is not None else GENERAL[name] for name in names}
     lines = [line for name, layout in layouts.items() for line in _layout_lines(name, layout)]

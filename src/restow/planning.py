@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 
 from restow.boxes import whole
 from restow.checkpoint import Checkpoint
+from restow.codecs import Codec
 from restow.coding import Coding
 from restow.decoded import FLOATS, Coded, DecodedTensors, decoded, kept_coded
 from restow.entries import Entry
@@ -20,6 +21,7 @@ from restow.errors import (
     AmbiguousTensorError,
     CoverageError,
     MissingTensorError,
+    QuantizationError,
     RestowError,
     ShapeMismatchError,
     show,
@@ -242,8 +244,10 @@ class _Draft:
         wish = self.prepared.wish
         experts = chosen_experts(wish.experts, source.path, source.sizes.get("e", 0))
         take: Take = (("e", experts),) if experts is not None else ()
-        side = held_side(module.layout.row(role), module, self.chosen, wish, source)
         row, names = source.layout.row(role), source.tensors[role]
+        if source.codec is not None and source.codec.ragged(role):
+            self._refuse_ragged(source.codec, names, module.tensors[role])
+        side = held_side(module.layout.row(role), module, self.chosen, wish, source)
         needed = self._moves(self._held(row, source, names), side, take)
         lost = sorted({m.source for m in needed if names[m.source] is None})
         if lost:
@@ -254,6 +258,22 @@ class _Draft:
             if name is not None and side.held[place]:
                 self.chosen[name] = self.chosen[name]._replace(shape=whole_shape, runs=side.held[place][0])
         self._book(needed, names, module.tensors[role])
+
+    def _refuse_ragged(
+        self, codec: Codec, sources: Sequence[str | None], targets: Sequence[str | None]
+    ) -> None:
+        """Raise where tensors that are carried in codes have lengths of their own: a row of targets has one shape."""
+        held = [name for name in sources if name is not None]
+        found = {self.source.tensors[name].shape for name in held}
+        found |= {self.chosen[name].shape for name in targets if name is not None and name in self.chosen}
+        if len(found) > 1:
+            raise QuantizationError(
+                f"notes of one length beside {codec.name} codes, to carry them along",
+                f"{min(found)[0]} to {max(found)[0]} bytes",
+                path=self.source.path,
+                tensor=held[0] if held else None,
+                hint="without keep_quantized, or into plain tensors, the weights are decoded",
+            )
 
     def _held(self, row: Row, source: Module, names: Sequence[str | None]) -> Side:
         full = (whole(shape_of(row, source.sizes)),)

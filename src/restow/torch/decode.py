@@ -22,6 +22,7 @@ from restow.files import SourceFile
 from restow.plans import Part
 from restow.reads import spans
 from restow.torch.dtypes import torch_dtype
+from restow.torch.nested import unnested
 from restow.torch.raw import raw
 from restow.torch.strides import dot, tile_axis
 from restow.torch.tiles import move
@@ -73,6 +74,9 @@ class Decoder:
             grid, got = self._scale(scale, coding, number, box)
             grids.append(grid)
             read += got
+        if coding.grids[0].how == "coded":
+            boxes = [scale_box(coding, number, at, sizes, steps) for number in range(len(grids))]
+            grids = [unnested(coding, grids, boxes, scales[-1].name)]
         origin = (at, sizes, steps)
         codes = byte_box(coding.bits, at, sizes, steps)
         if len(codes.sizes) > len(sizes):  # packed, and no axis runs along the packed one
@@ -143,6 +147,8 @@ class Decoder:
         )
         sizes = tuple(n for _, n in box)
         found, read = self._read(self._open(part.file), base, sizes, strides, dtype.itemsize)
+        if coding.grids[number].how in ("coded", "offset"):
+            return found.clone(), read
         if coding.grids[number].how == "exponent" or part.dtype == "F8_E8M0":
             return _looked_up(_powers(), found), read
         if dtype.itemsize == 1:
