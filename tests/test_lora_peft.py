@@ -320,17 +320,25 @@ def test_per_expert_adapters_by_hand(
         adapters.same(source, tmp_path / f"{via}2")
 
 
-def test_equal_to_peft_s_own_conversion(tmp_path: Path) -> None:
+MIXTRAL = {"mlp.experts": "block_sparse_moe.experts", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_equal_to_peft_s_own_conversion(tmp_path: Path, family: str) -> None:
     """Distinct A: the tensors are those that PEFT makes when it reads the per-expert file."""
-    state = per_expert("qwen3_moe", shared=False)
+    state = per_expert(family, shared=False, layers=(0, 1) if family == "mixtral" else (1, 2))
     words = ["gate_proj", "up_proj", "down_proj"]
+    if family == "mixtral":
+        for ours, hub in MIXTRAL.items():
+            state = {name.replace(ours, hub): tensor for name, tensor in state.items()}
+        words = [MIXTRAL[word] for word in words]
     source = adapters.write(tmp_path / "e", state, target_modules=words)
     theirs = {
         n.replace(".default", ""): t
-        for n, t in adapters.loaded(source, "qwen3_moe").state_dict().items()
+        for n, t in adapters.loaded(source, family).state_dict().items()
         if "lora_" in n
     }
-    restow.lora.convert(source, tmp_path / "p", to="peft", base=adapters.base("qwen3_moe"))
+    restow.lora.convert(source, tmp_path / "p", to="peft", base=adapters.base(family))
     ours = adapters.tensors(tmp_path / "p")
     assert sorted(ours) == sorted(theirs)
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
@@ -387,6 +395,27 @@ def test_ambiguous_files_are_refused_and_decided(tmp_path: Path) -> None:
     name = "base_model.model.model.layers.1.mlp.experts.lora_down_A"
     assert not torch.equal(results["0.18.1"][name], results["0.21.2"][name])
     assert torch.equal(results["None in"][name], results["0.21.2"][name])
+
+
+def test_orientation_matters_where_shapes_are_equal(tmp_path: Path) -> None:
+    """2f == d, gate and up alone: both orientations have one shape, and the version decides between two results."""
+    family, sizes = "qwen3_moe", "2f == d"
+    source = adapters.make(tmp_path / "a", family, sizes, target_parameters=["mlp.experts.gate_up_proj"])
+    results = {}
+    for version in ("0.18.1", "0.21.2"):
+        config = {**adapters.config(source), "peft_version": version}
+        (source / "adapter_config.json").write_text(json.dumps(config))
+        restow.lora.convert(source, tmp_path / version, to="grouped", base=adapters.base(family, sizes))
+        results[version] = adapters.tensors(tmp_path / version)
+    name = "base_model.model.model.layers.1.mlp.experts.lora_gate_and_up_A"
+    assert results["0.18.1"][name].shape == results["0.21.2"][name].shape
+    assert not torch.equal(results["0.18.1"][name], results["0.21.2"][name])
+    before, have = adapters.base_state(family, sizes), adapters.merged(source, family, sizes)
+    a, b = (results["0.21.2"][name.replace("up_A", f"up_{x}")] for x in "AB")
+    delta = (
+        have["model.layers.1.mlp.experts.gate_up_proj"] - before["model.layers.1.mlp.experts.gate_up_proj"]
+    )
+    torch.testing.assert_close(2 * (a @ b).transpose(1, 2), delta, atol=1e-5, rtol=1e-5)
 
 
 def test_one_wrapper_is_what_the_config_says(tmp_path: Path) -> None:
