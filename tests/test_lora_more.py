@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lora_adapters as adapters
+import restow
 import restow.lora
 import tiny
 from restow.errors import AdapterError
@@ -120,3 +121,21 @@ def test_written_files_are_the_same_every_time(tmp_path: Path) -> None:
         restow.lora.convert(source, tmp_path / f"{i}", to="vllm", base=adapters.base("qwen3_moe"))
     files = [(tmp_path / f"{i}" / "adapter_model.safetensors").read_bytes() for i in range(2)]
     assert files[0] == files[1]
+
+
+def test_more_experts_in_gate_and_up_than_in_down(tmp_path: Path) -> None:
+    """LongCat: zero experts have rows in gate and up alone; there and back, and merged as PEFT merges."""
+    family = "longcat_flash"
+    source = adapters.make(tmp_path / "a", family, target_modules=[])
+    base = adapters.base(family)
+    restow.lora.convert(source, tmp_path / "g", to="grouped", base=base)
+    state = adapters.tensors(tmp_path / "g")
+    path = "base_model.model.model.layers.0.mlp.experts"
+    assert [state[f"{path}.lora_{word}_A"].shape[0] for word in ("gate_and_up", "down")] == [16, 12]
+    restow.lora.convert(tmp_path / "g", tmp_path / "b", to="peft", base=base)
+    adapters.same(source, tmp_path / "b")
+    restow.lora.merge(base, source, tmp_path / "m")
+    model, want = adapters.model(family), adapters.merged(source, family)
+    restow.load(tmp_path / "m", model)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, want[name], atol=1e-5, rtol=1e-5)

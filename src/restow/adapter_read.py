@@ -199,7 +199,7 @@ class _Reader:
             a, b = stored(names, "A", faces), stored(names, "B", faces)
             rank, alpha = self.config.of(module.parameters[unit])
             pair = self._pair(module.path, role, label, table, {(): a}, {(): b}, known, rank, alpha)
-            known.update({axis: n for axis, n in pair.sizes.items() if axis not in ("r", "p")})
+            known = {**{axis: n for axis, n in pair.sizes.items() if axis not in ("r", "p")}, **known}
             pairs.append(pair)
         return pairs
 
@@ -227,7 +227,7 @@ class _Reader:
                 pair = self._pair(
                     found.path, role, label, table, ours[0], ours[1], known, rank, alpha, found.spelled
                 )
-                known.update({axis: n for axis, n in pair.sizes.items() if axis != "r"})
+                known = {**{axis: n for axis, n in pair.sizes.items() if axis != "r"}, **known}
                 pairs.append(pair)
         return pairs
 
@@ -307,9 +307,9 @@ class _Reader:
             if label is not None
             else tuple(range(len(self.base.family.labels)))
         )
-        experts = tuple(sorted({i for i, *_ in a})) if "e" in row_a.name_axes else tuple(range(whole["e"]))
         if f"e@{role}" in known:
             whole["e"] = known[f"e@{role}"]
+        experts = tuple(sorted({i for i, *_ in a})) if "e" in row_a.name_axes else tuple(range(whole["e"]))
         return Pair(path, role, labels, Factor(row_a, sizes_a, _in_order(row_a, a, sizes_a)),
                     Factor(row_b, sizes_b, _in_order(row_b, b, sizes_b)), whole, experts, found_rank, alpha)  # fmt: skip
 

@@ -20,7 +20,7 @@ from restow.adapter_formats import CANON
 from restow.adapter_read import Factor, Pair
 from restow.boxes import whole
 from restow.errors import AdapterError, show
-from restow.layout import shape_of
+from restow.layout import axis_size, shape_of
 from restow.moves import Frozen, Move, Side, freeze, moves
 from restow.notation import Row
 from restow.targets import Runs
@@ -107,7 +107,7 @@ def _canonical(pair: Pair, factor: Factor, row: Row, get: Get) -> torch.Tensor:
     if "e" in factor.row.name_axes and len(pair.experts) < count:
         sizes["e"] = len(pair.experts)
         take = (("e", pair.experts),)
-    elif factor.sizes["e"] != count:
+    elif axis_size(factor.row, "e", factor.sizes) != count:
         take = (("e", (0,) * count),)
     out = torch.empty(shape_of(row, sizes), dtype=dtype)
     source = {**factor.sizes, "e": count} if "e" in factor.row.name_axes else factor.sizes
