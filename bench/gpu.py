@@ -147,7 +147,7 @@ def apart(
 ) -> list[tuple[str, float]]:
     """Milliseconds of each stage of a load."""
     import restow
-    from restow.torch import device, slotwork
+    from restow.torch import device, packing, slotwork
     from restow.torch.sources import Files
 
     def seconds(call: Callable[[], object]) -> float:
@@ -158,26 +158,24 @@ def apart(
 
         stages: Collection[str] = ()
 
-        def send(self, slot: int, size: int) -> None:
-            first = 0 if "send" in self.stages else max(0, size - (64 << 10))
-            with torch.cuda.stream(self._sending):
-                self._sending.wait_event(self._done[slot])
-                self.there[slot][first:size].copy_(self.host[slot][first:size], non_blocking=True)
-                self._gone[slot].record(self._sending)
+        def send(self, tray: int, size: int, slot: int, at: int) -> None:
+            if "send" in self.stages:
+                super().send(tray, size, slot, at)
 
         def move(self, slot: int, work: Callable[[], None]) -> None:
             super().move(slot, work if "launch" in self.stages else lambda: None)
 
     plan = restow.plan(opened, state)
     rows = [("plan", seconds(lambda: restow.plan(opened, state)))]
-    lane = Part(torch.device("cuda", torch.cuda.current_device()))
-    jobs = {}
+    here = torch.device("cuda", torch.cuda.current_device())
+    lanes = {count: Part(here, count + device.SPARE, packing.SHARE) for count in counts}
+    there = lanes[counts[0]].there
     for name, worth in (("kernel", 0), ("torch", 1 << 60)):
-        jobs[name] = job = slotwork.prepared(plan, state, lane.there, worth)
+        job = slotwork.prepared(plan, state, there, worth)
         rows.append(
             (
                 f"slots and tables, {name}",
-                seconds(lambda w=worth: slotwork.prepared(plan, state, lane.there, w)),
+                seconds(lambda w=worth: slotwork.prepared(plan, state, there, w)),
             )
         )
         launches = sum(len(w.launches) + len(w.runs) for w in job.work)
@@ -189,7 +187,11 @@ def apart(
         def nothing(pieces: Sequence[tuple[str, int, int, int]], slot: memoryview) -> int:
             return sum(piece[2] for piece in pieces)
 
-        for threads in counts:
+        for threads, lane in lanes.items():
+            jobs = {
+                name: slotwork.prepared(plan, state, lane.there, worth)
+                for name, worth in (("kernel", 0), ("torch", 1 << 60))
+            }
             for words in (
                 "read",
                 "send",

@@ -104,9 +104,8 @@ def leaf(at: str, expert: int, p: str, model: Model, device: torch.device) -> to
     return rows_of(f"{at}.{expert}.{p}_proj.weight", shape, 0, shape[0], device)
 
 
-def write(folder: Path, model: Model, rank: int, world: int) -> int:
+def write(folder: Path, model: Model, rank: int, world: int, device: torch.device) -> int:
     """This rank's files of the checkpoint, the index by the first; the bytes of all tensors."""
-    cpu = torch.device("cpu")
     files: dict[str, dict[str, tuple[int, ...]]] = {"model-others.safetensors": dict(model.others)}
     for layer, at in enumerate(model.experts):
         files[f"model-{layer:05}.safetensors"] = {
@@ -116,7 +115,7 @@ def write(folder: Path, model: Model, rank: int, world: int) -> int:
         }
     for number, (file, tensors) in enumerate(files.items()):
         if number % world == rank:
-            made = {name: rows_of(name, shape, 0, shape[0], cpu) for name, shape in tensors.items()}
+            made = {name: rows_of(name, shape, 0, shape[0], device).cpu() for name, shape in tensors.items()}
             save_file(made, folder / file, metadata={"format": "pt"})
     total = sum(2 * prod(shape) for tensors in files.values() for shape in tensors.values())
     if rank == 0:
@@ -368,7 +367,7 @@ def main(words: argparse.Namespace) -> int:
     folder = Path(words.folder)
     source = folder / "source"
     source.mkdir(exist_ok=True)
-    total = write(source, model, rank, world)
+    total = write(source, model, rank, world, device)
     wait(device)
     rows: list[Sequence[object]] = []
     bars: list[tuple[str, float, str, float]] = []

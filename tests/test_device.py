@@ -6,11 +6,10 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +27,37 @@ from restow.torch.packing import ALIGN, SHARE, Packed, Piece, packed
 from restow.torch.read import run_plan
 
 ROOM = 4096  # bytes of data that a slot of these tests takes
+TRAY = 2048  # and a tray
 SMALL = Model(e=5, f=6, d=10)
 
 
 class Memory:
-    """Slots in plain memory. A host slot is spoilt as soon as it was sent, and a device slot before each sending."""
+    """Trays and slots in plain memory. A tray is spoilt as soon as it was sent, a device slot as soon as it was moved."""
 
-    def __init__(self, where: torch.device, slots: int = 3) -> None:
-        size = slotwork.TABLE + ROOM
-        self.host = [torch.full((size,), 0x7E, dtype=torch.uint8, device=where) for _ in range(slots)]
-        self.there = [torch.zeros(size, dtype=torch.uint8, device=where) for _ in range(slots)]
-        self.waits, self.sent, self.calls = [0] * slots, [0] * slots, threading.local()
+    def __init__(self, where: torch.device, trays: int = 3, size: int = 0, slots: int = 3) -> None:
+        self.trays = [torch.full((TRAY,), 0x7E, dtype=torch.uint8, device=where) for _ in range(trays)]
+        room = slotwork.TABLE + ROOM
+        self.there = [torch.full((room,), 0x7D, dtype=torch.uint8, device=where) for _ in range(slots)]
+        self.moved, self.sent = [0] * slots, list[tuple[int, int, int]]()
         self.finished = 0
 
-    def wait(self, slot: int) -> None:
-        self.waits[slot] += 1
+    def send(self, tray: int, size: int, slot: int, at: int) -> None:
+        assert at + size <= ROOM
+        self.there[slot][at : at + size].copy_(self.trays[tray][:size])
+        self.trays[tray].fill_(0x7E)
+        self.sent.append((slot, self.moved[slot], at))
 
-    def send(self, slot: int, size: int) -> None:
-        assert size <= len(self.host[slot])
-        self.there[slot].fill_(0x7D)
-        self.there[slot][:size].copy_(self.host[slot][:size])
-        self.host[slot][:ROOM].fill_(0x7E)
-        self.sent[slot] += 1
+    def gone(self, tray: int, wait: bool) -> bool:
+        return True
+
+    def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
+        room = self.there[slot][-slotwork.TABLE :].view(torch.int64)
+        return room[: rows.numel()].view(rows.shape).copy_(rows)
 
     def move(self, slot: int, work: Callable[[], None]) -> None:
         work()
+        self.there[slot].fill_(0x7D)
+        self.moved[slot] += 1
 
     def finish(self) -> None:
         self.finished += 1
@@ -156,7 +161,8 @@ def test_a_large_read_is_shared(tmp_path: Path) -> None:
     source = restow.open(tmp_path / "model.safetensors", family="qwen3_moe")
     into = {n: torch.empty_like(t) for n, t in whole.items()}
     box = packed(restow.plan(source, into), into, 4 * SHARE)
-    sizes = [(share.slot, sum(length for _, _, length, _ in share.pieces)) for share in box.shares]
+    sizes = [(share.slot, share.size) for share in box.shares]
+    assert all(share.size == sum(length for _, _, length, _ in share.pieces) for share in box.shares)
     for (slot, size), (after, _) in pairwise(sizes):
         assert size == SHARE if slot == after else 0 < size <= SHARE
     assert sum(size for _, size in sizes) == 5 * SHARE and len(box.slots) == 2
@@ -185,30 +191,41 @@ def test_words_that_lie_askew_in_the_file_are_set_straight(tmp_path: Path) -> No
 # Turns.
 
 
-def test_a_slot_is_filled_again_only_when_it_was_sent(tmp_path: Path) -> None:
-    """Reads that take their time, a calling thread that takes longer: no share goes into a slot that is still due."""
+def test_a_share_goes_only_into_a_slot_that_was_moved(tmp_path: Path) -> None:
+    """The first share of all takes long: others come before it, some of them for the place that it still keeps busy."""
     source = opened(tmp_path, model=Model(e=8, f=12, d=16, layers=3))
     plan = restow.plan(source)
     tensors = blank(plan, torch.bfloat16)
-    lane = Memory(torch.device("cpu"), slots=2)
-    job = slotwork.prepared(plan, tensors, lane.there)
-    full = [len(job.packed.slots) // 2 + len(job.packed.slots) % 2, len(job.packed.slots) // 2]
+    lane = Memory(torch.device("cpu"), trays=9, slots=2)
+    job = slotwork.prepared(plan, tensors, lane.there, share=TRAY)
+    shares = job.packed.shares
     assert len(job.packed.slots) > 6
-    turns: list[tuple[int, int]] = []
-    lock, base = threading.Lock(), [slot.data_ptr() for slot in lane.host]
+    others, come = threading.Event(), count()
 
-    def fill(pieces: Sequence[Piece], slot: memoryview) -> int:
-        at = np.frombuffer(slot, np.uint8).ctypes.data
-        with lock:
-            turns.append((base.index(at), lane.sent[base.index(at)]))
-        time.sleep(0.001 * (pieces[0][1] % 3))
+    def fill(pieces: Sequence[Piece], tray: memoryview) -> int:
+        if pieces == shares[0].pieces:
+            assert others.wait(10)
+        elif next(come) == 7:
+            others.set()
         return sum(length for _, _, length, _ in pieces)
 
     read, written = device.pump(job, lane, fill, threads=4)
     assert read == plan.bytes and sum(written.values()) * 2 == plan.written
-    assert lane.sent == full and lane.finished == 1
-    order = [share.slot for share in job.packed.shares]
-    assert sorted(turns) == sorted((number % 2, number // 2) for number in order)
+    assert sorted(lane.sent) == sorted((one.slot % 2, one.slot // 2, one.at) for one in shares)
+    assert shares[0].slot == 0 and lane.sent.index((0, 0, shares[0].at)) > 0
+    assert sum(lane.moved) == len(job.packed.slots) and lane.finished == 1
+
+
+def test_shares_fit_a_tray_with_the_gaps_between_their_pieces(tmp_path: Path) -> None:
+    source = opened(tmp_path, model=Model(e=8, f=11, d=17, layers=3))
+    plan = restow.plan(source, shard=restow.Shard("f", 1, 2))
+    box = packed(plan, blank(plan, torch.bfloat16), ROOM, 600)
+    assert any(len(share.pieces) > 1 for share in box.shares)
+    for share in box.shares:
+        first, last = share.pieces[0], share.pieces[-1]
+        assert (share.at, share.size) == (first[3], last[3] + last[2] - first[3]) and share.size <= 600
+    found = sorted((f, b, b + n) for share in box.shares for f, b, n, _ in share.pieces)
+    assert sum(end - begin for _, begin, end in found) == plan.bytes
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -217,10 +234,10 @@ def test_the_first_error_is_raised_and_all_threads_end(threads: int, tmp_path: P
     plan = restow.plan(source)
     tensors = blank(plan, torch.bfloat16)
     lane = Memory(torch.device("cpu"))
-    job = slotwork.prepared(plan, tensors, lane.there)
+    job = slotwork.prepared(plan, tensors, lane.there, share=TRAY)
     before = threading.active_count()
 
-    def fill(pieces: Sequence[Piece], slot: memoryview) -> int:
+    def fill(pieces: Sequence[Piece], tray: memoryview) -> int:
         if pieces[0][1] == job.packed.shares[5].pieces[0][1]:
             raise OSError("the disk is gone")
         return sum(length for _, _, length, _ in pieces)
@@ -236,7 +253,7 @@ def test_an_error_while_sending_ends_the_readers_too(tmp_path: Path) -> None:
     tensors = blank(plan, torch.bfloat16)
 
     class Broken(Memory):
-        def send(self, slot: int, size: int) -> None:
+        def send(self, tray: int, size: int, slot: int, at: int) -> None:
             raise RuntimeError("no device")
 
     before = threading.active_count()
@@ -278,7 +295,7 @@ def test_a_plan_with_a_copy_left_out_is_found(tmp_path: Path) -> None:
     less = replace(plan, copies=plan.copies[1:])
     tensors = blank(plan, torch.bfloat16)
     lane = Memory(torch.device("cpu"))
-    job = slotwork.prepared(less, tensors, lane.there)
+    job = slotwork.prepared(less, tensors, lane.there, share=TRAY)
     _, written = device.pump(job, lane, lambda pieces, slot: 0, 1)
     assert sum(written.values()) * 2 < plan.written
 
@@ -316,7 +333,7 @@ from restow.torch.on_device import moved_on_device
 import restow.torch.relayout
 relayouts = sys.modules['restow.torch.relayout']
 from restow.torch.read import run_plan
-from test_device import Memory, blank, opened
+from test_device import TRAY, Memory, blank, opened
 
 assert all(usable(torch.device("cpu"), width) for width in (1, 2, 4, 8))
 launched = 0
@@ -327,7 +344,7 @@ for number, src in enumerate(("split", "fused", "grouped")):
             plan = restow.plan(source, layout=dst, shard=shard)
             found, wanted = blank(plan, torch.bfloat16), blank(plan, torch.bfloat16)
             lane = Memory(torch.device("cpu"))
-            job = slotwork.prepared(plan, found, lane.there, 0)
+            job = slotwork.prepared(plan, found, lane.there, 0, TRAY)
             with device.ExitStack() as stack:
                 fill = device.filling(device.Files(stack, source.path, {{}}))
                 read, written = device.pump(job, lane, fill, 2)

@@ -1,15 +1,17 @@
-"""Running a plan into the memory of a CUDA device: pinned slots filled by reader threads, moved on one by one.
+"""Running a plan into the memory of a CUDA device: small pinned trays filled by reader threads, slots moved on one by one.
 
-A fixed number of pinned host slots and as many on the device, allocated once a call. Threads read shares of slots, side
-by side, from a list that was made before; one stream copies a full slot raw to the device, another writes its tiles into
-the parameters' own storage: transposes by one kernel driven by a table that travels in the slot, the rest by torch's own
-copies, one for a run of experts. Nothing else is allocated there. Sources in memory and host destinations are `read`'s,
-and rejected by `on_one_device`.
+Threads read shares, from a list that was made before, each into a pinned tray. The trays are few and small, so that the
+caches of the processor hold them all: what is read goes to the device before memory sees it. The calling thread alone
+talks to the device: it sends a full tray to its place in a slot there, gives the tray back once it has left, and moves a
+full slot into the parameters' own storage on a second stream: transposes by one kernel driven by a table, the rest by
+torch's own copies, one for a run of experts. Trays and slots are allocated once a call, and nothing else is there.
+Sources in memory and host destinations are `read`'s, and rejected by `on_one_device`.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import count
@@ -23,29 +25,34 @@ from restow.torch.across import COLUMNS, launch
 from restow.torch.packing import LARGE, SHARE, Piece, Shape
 from restow.torch.raw import raw
 from restow.torch.read import Booked, Progress, _compare, _Ledger
-from restow.torch.slotwork import Job, Run, prepared
+from restow.torch.slotwork import TABLE, Job, Run, prepared
 from restow.torch.sources import Files
 
-SLOTS = 4
-SLOT = 64 << 20  # bytes of one slot, on the host and on the device
+SLOTS = 4  # on the device
+SLOT = 64 << 20  # bytes of one
+SPARE = 4  # trays more than readers: on their way to the device
+PINNED = 256 << 20  # bytes of all trays, at most
 
 Fill = Callable[[Sequence[Piece], memoryview], int]
 
 
 class Lane(Protocol):
-    """The way of slots from the host to the device. Reader threads call `wait`, the calling thread all else."""
+    """The way from trays on the host to slots on the device. Only the calling thread uses it."""
 
-    host: list[torch.Tensor]
+    trays: list[torch.Tensor]
     there: list[torch.Tensor]
 
-    def wait(self, slot: int) -> None:
-        """Return when the host slot may be filled again."""
+    def send(self, tray: int, size: int, slot: int, at: int) -> None:
+        """Bring the first bytes of a tray to a device slot, after the work that read what lay there."""
 
-    def send(self, slot: int, size: int) -> None:
-        """Bring the first bytes of the host slot to the device slot."""
+    def gone(self, tray: int, wait: bool) -> bool:
+        """Whether what was sent last from a tray has left it; True after waiting for it."""
+
+    def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
+        """Bring a table to the end of a slot; the table there."""
 
     def move(self, slot: int, work: Callable[[], None]) -> None:
-        """Do work that reads the device slot, after what was sent last."""
+        """Do work that reads the device slot, after what was sent last; what is sent to that slot later waits for it."""
 
     def finish(self) -> None:
         """Return when all is done."""
@@ -72,14 +79,15 @@ def run_on_device(
     threads: int,
     large: bool = False,
     progress: Progress | None = None,
-    lane: Callable[[torch.device], Lane] | None = None,
+    lane: Callable[[torch.device, int, int], Lane] | None = None,
 ) -> Booked:
     """Run a plan whose targets all lie on one device; like `read.run_plan` in all else."""
     device = tensors[plan.targets[plan.copies[0].target].name].device
     with ExitStack() as stack:
         files = Files(stack, root, stamps)
-        way = (lane or Streams)(device)
-        job = prepared(plan, tensors, way.there, share=LARGE if large else SHARE)
+        size = LARGE if large else SHARE
+        way = (lane or Streams)(device, max(2, min(threads + SPARE, PINNED // size)), size)
+        job = prepared(plan, tensors, way.there, share=way.trays[0].numel())
         ledger = _Ledger()
         ledger.book(*pump(job, way, filling(files), threads, progress))
         files.check()
@@ -87,139 +95,137 @@ def run_on_device(
 
 
 def filling(files: Files) -> Fill:
-    """How a share is read."""
+    """How a share is read: its pieces into a view of its slot's bytes, of which a tray has the part that it spans."""
 
-    def fill(pieces: Sequence[Piece], slot: memoryview) -> int:
+    def fill(pieces: Sequence[Piece], tray: memoryview) -> int:
+        first = pieces[0][3]
         return sum(
-            files.get(file).preadv(begin, [slot[at : at + length]]) for file, begin, length, at in pieces
+            files.get(file).preadv(begin, [tray[at - first : at - first + length]])
+            for file, begin, length, at in pieces
         )
 
     return fill
 
 
-class _Turns:
-    """Which filling each host slot is at, and how much of it has arrived; between the readers and the caller."""
+class _Desk:
+    """Between the readers and the caller: trays that may be filled, and shares that lie in a tray."""
 
-    def __init__(self, job: Job, slots: int) -> None:
-        self.ready: SimpleQueue[int] = SimpleQueue()  # numbers of full slots; -1 when a reader has failed
+    def __init__(self, trays: int) -> None:
+        self.free: SimpleQueue[int] = SimpleQueue()  # numbers of trays; -1 when there is no more to do
+        self.full: SimpleQueue[tuple[int, int, int]] = (
+            SimpleQueue()
+        )  # (share, tray, bytes); share -1: a reader failed
         self.errors: list[tuple[int, BaseException]] = []
-        self.read: list[int] = []
-        self._shares = [slot.shares for slot in job.packed.slots]
-        self._turn, self._arrived = list(range(slots)), [count(1) for _ in range(slots)]
-        self._changed, self._stopped = threading.Condition(), False
-
-    def mine(self, number: int) -> bool:
-        """Wait until filling `number` of its slot has its turn; whether there is anything left to do then."""
-        slot = number % len(self._turn)
-        if self._turn[slot] != number:
-            with self._changed:
-                while self._turn[slot] != number and not self._stopped:
-                    self._changed.wait()
-        return not self._stopped
-
-    def arrived(self, number: int, read: int) -> None:
-        self.read.append(read)
-        if next(self._arrived[number % len(self._turn)]) == self._shares[number]:
-            self.ready.put(number)
-
-    def sent(self, number: int) -> None:
-        """The slot is on its way: the next filling may begin once the device has it."""
-        slot = number % len(self._turn)
-        with self._changed:
-            self._arrived[slot] = count(1)
-            self._turn[slot] = number + len(self._turn)
-            self._changed.notify_all()
-
-    def fail(self, share: int, error: BaseException) -> None:
-        self.errors.append((share, error))
-        self.stop()
-        self.ready.put(-1)
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        for tray in range(trays):
+            self.free.put(tray)
 
 
 def pump(
     job: Job, lane: Lane, fill: Fill, threads: int, progress: Progress | None = None
 ) -> tuple[int, dict[int, int]]:
     """Fill, send and move slot after slot; the bytes read, and the elements written by target."""
-    turns = _Turns(job, len(lane.host))
-    written = dict[int, int]()
-    taken = count()
-    views = [raw(slot) for slot in lane.host]
+    shares, desk, taken = job.packed.shares, _Desk(len(lane.trays)), count()
+    views = [raw(tray) for tray in lane.trays]
     pool = [
-        threading.Thread(target=_reader, args=(job, lane, fill, turns, taken, views), daemon=True)
-        for _ in range(min(threads, len(job.packed.shares)))
+        threading.Thread(target=_reader, args=(job, fill, desk, taken, views), daemon=True)
+        for _ in range(min(threads, len(shares)))
     ]
+    sending, read = _Sending(job, lane), 0
     try:
         for thread in pool:
             thread.start()
-        for _ in job.packed.slots:
-            number = turns.ready.get()
-            if number < 0:
+        for _ in shares:
+            sending.give_back(desk)
+            share, tray, size = desk.full.get()
+            if share < 0:
                 break
-            _move_on(job, lane, number, written)
-            turns.sent(number)
+            read += size
+            sending.take(share, tray)
             if progress is not None:
-                progress(sum(turns.read), job.size)
+                progress(read, job.size)
     finally:
-        turns.stop()
+        for _ in pool:
+            desk.free.put(-1)
         for thread in pool:
             if thread.ident is not None:
                 thread.join()
         lane.finish()
-    if turns.errors:
-        raise min(turns.errors, key=lambda item: item[0])[1]
-    return sum(turns.read), written
+    if desk.errors:
+        raise min(desk.errors, key=lambda item: item[0])[1]
+    return read, sending.written
 
 
-def _reader(
-    job: Job, lane: Lane, fill: Fill, turns: _Turns, taken: Iterator[int], views: Sequence[memoryview]
-) -> None:
-    """One thread: share after share, in order, none of them another thread's."""
+def _reader(job: Job, fill: Fill, desk: _Desk, taken: Iterator[int], views: Sequence[memoryview]) -> None:
+    """One thread: share after share, in order, none of them another thread's. A tray comes first, so that the next
+    share in order always has one."""
     shares = job.packed.shares
-    for share in taken:
+    while (tray := desk.free.get()) >= 0:
+        share = next(taken)
         if share >= len(shares):
             return
-        number, pieces = shares[share]
-        slot = number % len(views)
         try:
-            if not turns.mine(number):
-                return
-            lane.wait(slot)
-            turns.arrived(number, fill(pieces, views[slot]))
+            desk.full.put((share, tray, fill(shares[share].pieces, views[tray])))
         except BaseException as error:
-            turns.fail(share, error)
+            desk.errors.append((share, error))
+            desk.full.put((-1, tray, 0))
             return
 
 
-def _move_on(job: Job, lane: Lane, number: int, written: dict[int, int]) -> None:
-    """Send a full slot with its table behind it, and move its tiles."""
-    work, slot = job.work[number], number % len(lane.host)
-    size = job.packed.slots[number].size
-    tables = []
-    for what in work.launches:
-        size = -(-size // 16) * 16
-        rows = job.rows[what.first : what.last].view(-1)
-        lane.host[slot][size : size + rows.nbytes].copy_(rows.view(torch.uint8))
-        tables.append((size, what))
-        size += rows.nbytes
-    lane.send(slot, size)
+class _Sending:
+    """The caller's side: what was sent from which tray, what still has to come to each slot."""
 
-    def move() -> None:
-        there = lane.there[slot]
-        for at, what in tables:
-            table = there[at : at + (what.last - what.first) * COLUMNS * 8].view(torch.int64)
-            launch(table, what)
-        for run in work.runs:
-            shape = job.packed.shapes[run.shape]
-            _copy(run, shape, there, job.targets[shape.target])
+    def __init__(self, job: Job, lane: Lane) -> None:
+        self._job, self._lane = job, lane
+        self._due = [slot.shares for slot in job.packed.slots]
+        self._early: dict[
+            int, list[tuple[int, int]]
+        ] = {}  # by slot number: shares whose place is still in use
+        self._under_way: deque[int] = deque()  # trays
+        self.written = dict[int, int]()
 
-    lane.move(slot, move)
-    for target, elements in work.written.items():
-        written[target] = written.get(target, 0) + elements
+    def give_back(self, desk: _Desk) -> None:
+        """Trays that have left may be filled again; wait for one where there is nothing else to do."""
+        while self._under_way and self._lane.gone(self._under_way[0], wait=desk.full.empty()):
+            desk.free.put(self._under_way.popleft())
+
+    def take(self, share: int, tray: int) -> None:
+        """Send a share, or keep it until the slot before it in its place is whole."""
+        number = self._job.packed.shares[share].slot
+        before = number - len(self._lane.there)
+        if before >= 0 and self._due[before]:
+            self._early.setdefault(number, []).append((share, tray))
+            return
+        self._send(share, tray)
+        if not self._due[number]:
+            self._move(number)
+            for early in self._early.pop(number + len(self._lane.there), []):
+                self.take(*early)
+
+    def _send(self, share: int, tray: int) -> None:
+        one = self._job.packed.shares[share]
+        self._lane.send(tray, one.size, one.slot % len(self._lane.there), one.at)
+        self._under_way.append(tray)
+        self._due[one.slot] -= 1
+
+    def _move(self, number: int) -> None:
+        """Move the tiles of a slot that is whole."""
+        job, lane = self._job, self._lane
+        work, slot = job.work[number], number % len(lane.there)
+        base, there = 0, lane.there[slot]
+        if work.launches:
+            base = work.launches[0].first
+            table = lane.table(job.rows[base : work.launches[-1].last], slot)
+
+        def move() -> None:
+            for what in work.launches:
+                launch(table[what.first - base : what.last - base], what)
+            for run in work.runs:
+                shape = job.packed.shapes[run.shape]
+                _copy(run, shape, there, job.targets[shape.target])
+
+        lane.move(slot, move)
+        for target, elements in work.written.items():
+            self.written[target] = self.written.get(target, 0) + elements
 
 
 def _copy(run: Run, shape: Shape, slot: torch.Tensor, into: torch.Tensor) -> None:
@@ -236,32 +242,40 @@ def _copy(run: Run, shape: Shape, slot: torch.Tensor, into: torch.Tensor) -> Non
 
 
 class Streams:
-    """A CUDA device: pinned host slots, one stream for raw copies, one for what moves tiles."""
+    """A CUDA device: pinned trays, one stream for raw copies, one for what moves tiles."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.host = [torch.empty(SLOT, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
+    def __init__(self, device: torch.device, trays: int, size: int) -> None:
+        pinned = torch.empty(trays * size, dtype=torch.uint8, pin_memory=True)
+        self.trays = [pinned[i * size : (i + 1) * size] for i in range(trays)]
         self.there = [torch.empty(SLOT, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._device = device
         self._sending, self._moving = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         now = torch.cuda.current_stream(device)
         self._sending.wait_stream(now)
         self._moving.wait_stream(now)
-        # Many readers wait for one slot: they must sleep, not spin on the cores that the others read with.
-        self._gone = [torch.cuda.Event(blocking=True) for _ in range(SLOTS)]  # type: ignore[no-untyped-call]
+        self._gone = [torch.cuda.Event() for _ in range(trays)]  # type: ignore[no-untyped-call]
         self._done = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # device slot free
 
-    def wait(self, slot: int) -> None:
-        self._gone[slot].synchronize()
-
-    def send(self, slot: int, size: int) -> None:
+    def send(self, tray: int, size: int, slot: int, at: int) -> None:
         with torch.cuda.stream(self._sending):
             self._sending.wait_event(self._done[slot])
-            self.there[slot][:size].copy_(self.host[slot][:size], non_blocking=True)
-            self._gone[slot].record(self._sending)
+            self.there[slot][at : at + size].copy_(self.trays[tray][:size], non_blocking=True)
+            self._gone[tray].record(self._sending)
+
+    def gone(self, tray: int, wait: bool) -> bool:
+        if wait:
+            self._gone[tray].synchronize()
+        return wait or bool(self._gone[tray].query())  # type: ignore[no-untyped-call]
+
+    def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
+        room = self.there[slot][-TABLE:].view(torch.int64)
+        with torch.cuda.stream(self._sending):
+            self._sending.wait_event(self._done[slot])
+            return room[: rows.numel()].view(-1, COLUMNS).copy_(rows, non_blocking=True)
 
     def move(self, slot: int, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self._moving):
-            self._moving.wait_event(self._gone[slot])
+            self._moving.wait_stream(self._sending)
             work()
             self._done[slot].record(self._moving)
 

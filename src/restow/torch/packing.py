@@ -41,9 +41,11 @@ class Shape(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one thread reads into slot number `slot` before it looks for more."""
+    """What one thread reads before it looks for more: `size` bytes of slot number `slot` from byte `at`, gaps included."""
 
     slot: int
+    at: int
+    size: int
     pieces: list[Piece]
 
 
@@ -270,18 +272,20 @@ def _joined(slot: Ints, file: Ints, begin: Ints, length: Ints, at: Ints) -> tupl
 
 
 def _shares(names: Sequence[str], share: int, *columns: Ints) -> Iterator[Share]:
-    """Reads cut into shares: as few calls as can be, each of which gives up the interpreter."""
-    number, pieces, room = -1, list[Piece](), 0
+    """Reads cut into shares that span `share` bytes of a slot at most: few calls, each of which gives up the interpreter."""
+    now = Share(-1, 0, 0, [])
     for slot, file, begin, length, at in zip(*(column.tolist() for column in columns), strict=True):
         done = 0
         while done < length:
-            if slot != number or not room:
-                if pieces:
-                    yield Share(number, pieces)
-                number, pieces, room = slot, [], share
+            room = now.at + share - (at + done)
+            if slot != now.slot or room <= 0:
+                if now.pieces:
+                    yield now
+                now = Share(slot, at + done, 0, [])
+                room = share
             part = min(room, length - done)
-            pieces.append((names[file], begin + done, part, at + done))
+            now.pieces.append((names[file], begin + done, part, at + done))
             done += part
-            room -= part
-    if pieces:
-        yield Share(number, pieces)
+            now = now._replace(size=at + done - now.at)
+    if now.pieces:
+        yield now

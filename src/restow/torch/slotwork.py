@@ -60,7 +60,7 @@ def prepared(
     """Everything that can be decided before the first read; `there` are the device slots."""
     box = packed(plan, tensors, there[0].numel() - TABLE, share)
     targets = [tensors[t.name] if t.name in tensors else torch.empty(0) for t in plan.targets]
-    size = sum(length for share in box.shares for _, _, length, _ in share.pieces)
+    size = sum(length for one in box.shares for _, _, length, _ in one.pieces)
     matrices = [
         matrix_of(shape.sizes, shape.source, shape.strides)
         if size >= worth
@@ -84,7 +84,8 @@ def prepared(
     for number, found in _runs(box, np.flatnonzero(~ours), slot_of):
         runs[number].append(found)
     work = [Work(mine[i], runs[i], _written(box, slot.first, slot.last)) for i, slot in enumerate(box.slots)]
-    return Job(box, work, torch.from_numpy(rows), targets, size)
+    table = torch.from_numpy(rows)
+    return Job(box, work, table.pin_memory() if there[0].is_cuda else table, targets, size)
 
 
 def _table(
