@@ -49,7 +49,7 @@ class Lane(Protocol):
         """Whether what was sent last from a tray has left it; True after waiting for it."""
 
     def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
-        """Bring a table to the end of a slot; the table there."""
+        """Bring a table to the end of a slot that has been sent to; the table there."""
 
     def move(self, slot: int, work: Callable[[], None]) -> None:
         """Do work that reads the device slot, after what was sent last; what is sent to that slot later waits for it."""
@@ -130,7 +130,7 @@ def pump(
         threading.Thread(target=_reader, args=(job, fill, desk, taken, views), daemon=True)
         for _ in range(min(threads, len(shares)))
     ]
-    sending, read = _Sending(job, lane), 0
+    sending, read = _Sending(job, lane, max(0, len(views) - len(pool))), 0
     try:
         for thread in pool:
             thread.start()
@@ -174,8 +174,8 @@ def _reader(job: Job, fill: Fill, desk: _Desk, taken: Iterator[int], views: Sequ
 class _Sending:
     """The caller's side: what was sent from which tray, what still has to come to each slot."""
 
-    def __init__(self, job: Job, lane: Lane) -> None:
-        self._job, self._lane = job, lane
+    def __init__(self, job: Job, lane: Lane, spare: int) -> None:
+        self._job, self._lane, self._spare = job, lane, spare
         self._due = [slot.shares for slot in job.packed.slots]
         self._early: dict[
             int, list[tuple[int, int]]
@@ -184,8 +184,11 @@ class _Sending:
         self.written = dict[int, int]()
 
     def give_back(self, desk: _Desk) -> None:
-        """Trays that have left may be filled again; wait for one where there is nothing else to do."""
-        while self._under_way and self._lane.gone(self._under_way[0], wait=desk.full.empty()):
+        """Trays that have left may be filled again; wait for those that a reader lacks, if there is nothing to send."""
+        while self._under_way:
+            wait = len(self._under_way) > self._spare and desk.full.empty()
+            if not self._lane.gone(self._under_way[0], wait):
+                return
             desk.free.put(self._under_way.popleft())
 
     def take(self, share: int, tray: int) -> None:
@@ -255,10 +258,13 @@ class Streams:
         self._moving.wait_stream(now)
         self._gone = [torch.cuda.Event() for _ in range(trays)]  # type: ignore[no-untyped-call]
         self._done = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # device slot free
+        self._used = [False] * SLOTS  # slots whose next sending has to wait for `_done`
 
     def send(self, tray: int, size: int, slot: int, at: int) -> None:
         with torch.cuda.stream(self._sending):
-            self._sending.wait_event(self._done[slot])
+            if self._used[slot]:
+                self._sending.wait_event(self._done[slot])
+                self._used[slot] = False
             self.there[slot][at : at + size].copy_(self.trays[tray][:size], non_blocking=True)
             self._gone[tray].record(self._sending)
 
@@ -270,7 +276,6 @@ class Streams:
     def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
         room = self.there[slot][-TABLE:].view(torch.int64)
         with torch.cuda.stream(self._sending):
-            self._sending.wait_event(self._done[slot])
             return room[: rows.numel()].view(-1, COLUMNS).copy_(rows, non_blocking=True)
 
     def move(self, slot: int, work: Callable[[], None]) -> None:
@@ -278,6 +283,7 @@ class Streams:
             self._moving.wait_stream(self._sending)
             work()
             self._done[slot].record(self._moving)
+        self._used[slot] = True
 
     def finish(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._moving)
