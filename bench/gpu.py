@@ -203,7 +203,8 @@ def apart(
             ):
                 for name in ("kernel", "torch") if "launch" in words else ("kernel",):
                     lane.stages, fill = words.split(), read if "read" in words else nothing
-                    took = seconds(lambda: device.pump(jobs[name], lane, fill, threads))  # noqa: B023 - called here
+                    with lane:
+                        took = seconds(lambda: device.pump(jobs[name], lane, fill, threads))  # noqa: B023 - called here
                     rows.append(
                         (f"pump: {words}{f', {name}' if 'launch' in words else ''}, {threads} threads", took)
                     )

@@ -9,7 +9,7 @@ The checkpoint is written to the folder (the temporary one, unless said), a file
     EP=N/2 x FSDP   the experts of N/2 ranks cut once more in two, first dim
     HSDP            two replicas of EP=N/2; with `group=`, so that each byte is read by one rank
 
-Each is loaded three times; seconds are the slowest rank's, medians. All values are compared on the device with their own
+Each is loaded three times from the opened checkpoint; seconds are the slowest rank's, medians. All values are compared on the device with their own
 formula. Collectives raise while a load without `group` plans and reads. A forward goes through the loaded experts by
 all-to-all, against the same experts made from the formula. The first mesh's state is saved by all ranks and that save is
 loaded on the second. Peers, on the first mesh and in the same run: torch DCP's Hugging Face reader into strided views,
@@ -387,14 +387,14 @@ def main(words: argparse.Namespace) -> int:
         what: str, where: Placed, folder: Path, group: dist.ProcessGroup | None
     ) -> dict[str, torch.Tensor]:
         state = state_of(where, model, device)
-        reports = []
+        opened, reports = restow.open(folder), []
 
         def load() -> None:
             if group is not None:
-                reports.append(restow.load(folder, state, group=group))
+                reports.append(restow.load(opened, state, threads=words.threads, group=group))
                 return
             with silence():
-                reports.append(restow.load(folder, state))
+                reports.append(restow.load(opened, state, threads=words.threads))
 
         load()
         seconds = statistics.median(timed(load, device) for _ in range(3))
@@ -440,12 +440,14 @@ def main(words: argparse.Namespace) -> int:
         good = exact(state, first, model)
         rows.append([name, f"{took:.3f}", f"{rates[name]:.2f}", f"{rates[name] / world:.2f}", "", "", "",
                      "yes" if good else "NO"])  # fmt: skip
-    alone = [0.0]
+    took = statistics.median(timed(lambda: restow.open(source), device) for _ in range(3))
+    rows.append(["open on all ranks", f"{took:.3f}", "", "", "", "", "", ""])
+    opened, alone = restow.open(source), [0.0]
 
     def one_by_itself() -> None:
         if rank == 0:
             start = time.perf_counter()
-            restow.load(source, state)
+            restow.load(opened, state, threads=words.threads)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             alone[0] = time.perf_counter() - start
@@ -498,6 +500,7 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser()
     options.add_argument("--cpu", action="store_true")
     options.add_argument("--layers", type=int, default=8)
+    options.add_argument("--threads", type=int, help="readers of each rank; restow's own choice, unless said")
     options.add_argument("--folder", type=Path)
     options.add_argument("--save", type=Path)
     words = options.parse_args()

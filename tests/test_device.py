@@ -41,6 +41,12 @@ class Memory:
         self.moved, self.sent = [0] * slots, list[tuple[int, int, int]]()
         self.finished = 0
 
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
     def send(self, tray: int, size: int, slot: int, at: int) -> None:
         assert at + size <= ROOM
         self.there[slot][at : at + size].copy_(self.trays[tray][:size])

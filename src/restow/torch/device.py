@@ -24,7 +24,7 @@ from restow.plans import Plan
 from restow.torch.across import COLUMNS, launch
 from restow.torch.packing import LARGE, SHARE, Piece, Shape
 from restow.torch.raw import raw
-from restow.torch.read import Booked, Progress, _compare, _Ledger
+from restow.torch.read import Booked, Progress, _compare, _Ledger, cores, local_ranks
 from restow.torch.slotwork import TABLE, Job, Run, prepared
 from restow.torch.sources import Files
 
@@ -37,10 +37,14 @@ Fill = Callable[[Sequence[Piece], memoryview], int]
 
 
 class Lane(Protocol):
-    """The way from trays on the host to slots on the device. Only the calling thread uses it."""
+    """The way from trays on the host to slots on the device. Only the calling thread uses it, inside `with`."""
 
     trays: list[torch.Tensor]
     there: list[torch.Tensor]
+
+    def __enter__(self) -> Lane: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
     def send(self, tray: int, size: int, slot: int, at: int) -> None:
         """Bring the first bytes of a tray to a device slot, after the work that read what lay there."""
@@ -86,12 +90,18 @@ def run_on_device(
     with ExitStack() as stack:
         files = Files(stack, root, stamps)
         size = LARGE if large else SHARE
-        way = (lane or Streams)(device, max(2, min(threads + SPARE, PINNED // size)), size)
+        made = (lane or Streams)(device, max(2, min(threads + SPARE, PINNED // size)), size)
+        way = stack.enter_context(made)
         job = prepared(plan, tensors, way.there, share=way.trays[0].numel())
         ledger = _Ledger()
         ledger.book(*pump(job, way, filling(files), threads, progress))
         files.check()
     return Booked(ledger.read, _compare(plan, ledger))
+
+
+def default_readers() -> int:
+    """Three of four cores of this process, at most 12: the caller and the driver need some (see docs/log.md)."""
+    return max(1, min(12, cores() // local_ranks() * 3 // 4))
 
 
 def filling(files: Files) -> Fill:
@@ -245,7 +255,7 @@ def _copy(run: Run, shape: Shape, slot: torch.Tensor, into: torch.Tensor) -> Non
 
 
 class Streams:
-    """A CUDA device: pinned trays, one stream for raw copies, one for what moves tiles."""
+    """A CUDA device: pinned trays, one stream for raw copies, which is the current one inside `with`, one for tiles."""
 
     def __init__(self, device: torch.device, trays: int, size: int) -> None:
         pinned = torch.empty(trays * size, dtype=torch.uint8, pin_memory=True)
@@ -258,15 +268,22 @@ class Streams:
         self._moving.wait_stream(now)
         self._gone = [torch.cuda.Event() for _ in range(trays)]  # type: ignore[no-untyped-call]
         self._done = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # device slot free
+        self._current = torch.cuda.stream(self._sending)
         self._used = [False] * SLOTS  # slots whose next sending has to wait for `_done`
 
+    def __enter__(self) -> Streams:
+        self._current.__enter__()  # type: ignore[no-untyped-call]  # once, since entering costs as much as a small copy
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._current.__exit__(*error)
+
     def send(self, tray: int, size: int, slot: int, at: int) -> None:
-        with torch.cuda.stream(self._sending):
-            if self._used[slot]:
-                self._sending.wait_event(self._done[slot])
-                self._used[slot] = False
-            self.there[slot][at : at + size].copy_(self.trays[tray][:size], non_blocking=True)
-            self._gone[tray].record(self._sending)
+        if self._used[slot]:
+            self._sending.wait_event(self._done[slot])
+            self._used[slot] = False
+        self.there[slot][at : at + size].copy_(self.trays[tray][:size], non_blocking=True)
+        self._gone[tray].record(self._sending)
 
     def gone(self, tray: int, wait: bool) -> bool:
         if wait:
@@ -275,8 +292,7 @@ class Streams:
 
     def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
         room = self.there[slot][-TABLE:].view(torch.int64)
-        with torch.cuda.stream(self._sending):
-            return room[: rows.numel()].view(-1, COLUMNS).copy_(rows, non_blocking=True)
+        return room[: rows.numel()].view(-1, COLUMNS).copy_(rows, non_blocking=True)
 
     def move(self, slot: int, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self._moving):
@@ -286,5 +302,4 @@ class Streams:
         self._used[slot] = True
 
     def finish(self) -> None:
-        torch.cuda.current_stream(self._device).wait_stream(self._moving)
         torch.cuda.synchronize(self._device)

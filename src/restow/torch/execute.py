@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from restow.plans import Plan
-from restow.torch.device import on_one_device, run_on_device
-from restow.torch.read import Booked, Progress, default_threads, run_plan
+from restow.torch.device import default_readers, on_one_device, run_on_device
+from restow.torch.read import Booked, Progress, run_plan
 
 
 def execute(
@@ -29,7 +29,7 @@ def execute(
             tensors,
             root=root,
             stamps=stamps or {},
-            threads=threads or 2 * default_threads(),
+            threads=threads or default_readers(),
             large=large,
             progress=progress,
         )
