@@ -9,12 +9,13 @@ The checkpoint is written to the folder (the temporary one, unless said), a file
     EP=N/2 x FSDP   the experts of N/2 ranks cut once more in two, first dim
     HSDP            two replicas of EP=N/2; with `group=`, so that each byte is read by one rank
 
-Each is loaded three times from the opened checkpoint; seconds are the slowest rank's, medians. All values are compared on the device with their own
-formula. Collectives raise while a load without `group` plans and reads. A forward goes through the loaded experts by
-all-to-all, against the same experts made from the formula. The first mesh's state is saved by all ranks and that save is
-loaded on the second. Peers, on the first mesh and in the same run: torch DCP's Hugging Face reader into strided views,
-4 threads; `safe_open` per rank, a tensor at a time. Limits: one rank loading alone, times N; reading the page cache into
-pinned memory on all ranks at once. Exits 1 if a bar is missed. Streaming the state as an RL step would is not part of
+Each is loaded three times from the opened checkpoint; seconds are the slowest rank's, medians. All values are
+compared on the device with their own formula. Collectives raise while a load without `group` plans and reads. A
+forward goes through the loaded experts by all-to-all, against the same experts made from the formula. The first
+mesh's state is saved by all ranks and that save is loaded on the second. Peers, on the first mesh and in the same
+run: torch DCP's Hugging Face reader into strided views, 4 threads; `safe_open` per rank, a tensor at a time. Limits:
+one rank loading alone, times N; reading the page cache into pinned memory on all ranks at once.
+Exits 1 if a bar is missed. Streaming the state as an RL step would is not part of
 it: there is no `restow.stream` yet. NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
 """
 

@@ -332,12 +332,12 @@ from pathlib import Path
 import torch
 sys.path[:0] = {paths!r}
 import restow
-from moe import Model, differing
+from moe import Model, differing, painted
 from restow.torch import device, slotwork
 from restow.torch.across import usable
 from restow.torch.on_device import moved_on_device
-import restow.torch.relayout
-relayouts = sys.modules['restow.torch.relayout']
+import restow.torch.execute
+executes = sys.modules['restow.torch.execute']
 from restow.torch.read import run_plan
 from test_device import TRAY, Memory, blank, opened
 
@@ -365,10 +365,13 @@ for number, src in enumerate(("split", "fused", "grouped")):
         wide = {{n: torch.nn.functional.pad(t, (1, 2))[..., 1:-2] for n, t in state.items()}}
         wanted = restow.relayout(wide, dst="grouped", family="qwen3_moe")
         rest = []
-        relayouts.moved_on_device = lambda *plan: rest.append(moved_on_device(*plan, 0)) or rest[-1]
+        executes.moved_on_device = lambda *plan: rest.append(moved_on_device(*plan, 0)) or rest[-1]
         found = restow.relayout(wide, dst="grouped", family="qwen3_moe")
         assert differing(found, wanted) == [] and len(found) == 2
-        assert [plan.copies for plan in rest] == [()], "the kernel did all of it"
+        assert [plan.copies for plan, _ in rest] == [()], "the kernel did all of it"
+        into = painted(wanted)
+        restow.load(wide, into, family="qwen3_moe", part=True)
+        assert differing(into, wanted) == [] and rest[1][0].copies == (), "and of a load from memory"
 print("launched", launched)
 """
 

@@ -30,7 +30,7 @@ from restow.torch.sources import Files
 
 SLOTS = 4  # on the device
 SLOT = 64 << 20  # bytes of one
-SPARE = 4  # trays more than readers: on their way to the device
+SPARE = 2  # trays more than readers: on their way to the device
 PINNED = 256 << 20  # bytes of all trays, at most
 
 Fill = Callable[[Sequence[Piece], memoryview], int]

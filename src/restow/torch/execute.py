@@ -1,4 +1,8 @@
-"""Which executor runs a plan: pinned slots and streams for one CUDA device, threads and tiles for everything else."""
+"""Which executor runs a plan: trays and streams for one CUDA device, a kernel between tensors of one, threads for the rest.
+
+Nothing is rejected here. What lies on CUDA devices is waited for before and after: threads of our own know nothing of
+the stream on which the caller works.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ from collections.abc import Mapping
 
 import torch
 
+from restow.errors import CoverageError
 from restow.plans import Plan
 from restow.torch.device import default_readers, on_one_device, run_on_device
+from restow.torch.on_device import moved_on_device
 from restow.torch.read import Booked, Progress, run_plan
 
 
@@ -33,8 +39,18 @@ def execute(
             large=large,
             progress=progress,
         )
-    return run_plan(
-        plan,
+    devices = {t.device for t in (*tensors.values(), *(memory or {}).values()) if t.is_cuda}
+    for device in devices:
+        torch.cuda.synchronize(device)
+    rest, moved = moved_on_device(plan, tensors, memory) if memory else (plan, 0)
+    if moved and moved != plan.written - rest.written:
+        raise CoverageError(
+            f"{plan.written - rest.written} bytes moved by the kernel, as planned",
+            f"{moved}",
+            hint="do not use these tensors; this is a defect of restow: please report it",
+        )
+    booked = run_plan(
+        rest,
         tensors,
         root=root,
         memory=memory,
@@ -43,3 +59,6 @@ def execute(
         large=large,
         progress=progress,
     )
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return booked._replace(bytes_written=booked.bytes_written + moved)

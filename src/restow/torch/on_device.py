@@ -23,17 +23,18 @@ def moved_on_device(
     tensors: Mapping[str, torch.Tensor],
     memory: Mapping[str, torch.Tensor],
     worth: int = WORTH,
-) -> Plan:
-    """Do what the kernel can of a plan from memory; the plan of the rest."""
+) -> tuple[Plan, int]:
+    """Do what the kernel can of a plan from memory; the plan of the rest, and the bytes that it moved."""
     if not plan.copies or plan.written < worth:
-        return plan
+        return plan, 0
     device = tensors[plan.targets[plan.copies[0].target].name].device
     rows: list[tuple[int, ...]] = []
-    rest = []
+    rest, moved = [], 0
     known: dict[object, Matrix | None] = {}
     for copy in plan.copies:
         source, into = memory.get(plan.parts[copy.source].name), tensors[plan.targets[copy.target].name]
-        if source is None or source.dtype != into.dtype or {source.device, into.device} != {device}:
+        coded = plan.parts[copy.source].coding >= 0
+        if source is None or coded or source.dtype != into.dtype or {source.device, into.device} != {device}:
             rest.append(copy)
             continue
         pattern, width = plan.patterns[copy.pattern], source.element_size()
@@ -49,6 +50,7 @@ def moved_on_device(
         begin = source.untyped_storage().data_ptr() + offset * width
         to = int(into.storage_offset()) + dot(copy.start, into.stride())
         base = into.untyped_storage().data_ptr() + to * width
+        moved += len(matrix.places) * matrix.rows * matrix.cols * width
         rows += [(begin + a * width, base + b * width, *matrix[:4], width) for a, b in matrix.places]
     if rows:
         table = np.array(rows, np.int64)
@@ -57,4 +59,4 @@ def moved_on_device(
         widths = np.ascontiguousarray(table[:, COLUMNS])
         for what in launches(table[:, :COLUMNS], widths, np.zeros_like(widths)):
             launch(there[what.first : what.last], what)
-    return replace(plan, copies=tuple(rest))
+    return replace(plan, copies=tuple(rest)), moved

@@ -22,9 +22,8 @@ from restow.opening import family_of
 from restow.planning import make_plan
 from restow.plans import Copy, Plan
 from restow.torch.dtypes import torch_dtype
+from restow.torch.execute import execute
 from restow.torch.load import as_checkpoint
-from restow.torch.on_device import moved_on_device
-from restow.torch.read import run_plan
 from restow.torch.strides import real_places
 from restow.wanted import default_targets
 
@@ -74,7 +73,7 @@ def relayout(
         out[target.name] = view
     left = replace(made, copies=tuple(copy for copy in made.copies if copy.target in rest))
     into = {made.targets[i].name: out[made.targets[i].name] for i in rest}
-    run_plan(moved_on_device(left, into, state), into, memory=state)
+    execute(left, into, memory=state)
     return out
 
 

@@ -7,6 +7,7 @@ by name: meta tensors, tensor subclasses other than DTensor, `Partial` placement
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -170,32 +171,41 @@ def runs_at(
                 tensor=name,
                 hint="a partial tensor holds a pending sum, no weights: reduce it first",
             )
-        factor = placement.split_factor if isinstance(placement, _StridedShard) else 0
-        flat = _StridedShard(0, split_factor=factor) if factor else Shard(0)  # the indices of one dim
-        cuts.setdefault(placement.dim % len(shape), []).append(_Cut(flat, ranks, rank))
+        factor = int(placement.split_factor) if isinstance(placement, _StridedShard) else 0
+        cuts.setdefault(placement.dim % len(shape), []).append(_Cut(factor, ranks, rank))
     runs: list[tuple[Run, ...]] = [((0, length),) for length in shape]
     for dim, listed in cuts.items():
-        if sum(isinstance(cut.placement, _StridedShard) for cut in listed) > 1:
+        if sum(cut.factor > 0 for cut in listed) > 1:
             raise UsageError(
                 f"at most one strided shard of a dim of {show(name)}",
-                f"{[str(cut.placement) for cut in listed]}",
+                f"{[str(cut.placement()) for cut in listed]}",
                 tensor=name,
                 hint="which rows such a tensor holds does not follow from its placements alone",
             )
-        mine = torch.arange(shape[dim])
-        for placement, ranks, rank in listed if as_listed else _as_cut(listed):
-            parts, _ = placement._split_tensor(mine, ranks, with_padding=False, contiguous=False)
-            mine = parts[rank] if rank < len(parts) else mine[:0]
-        runs[dim] = _as_runs(mine)
+        runs[dim] = _runs_of(tuple(listed if as_listed else _as_cut(listed)), shape[dim])
     return tuple(runs)
 
 
 class _Cut(NamedTuple):
     """One mesh dim's share in cutting a tensor's dim: how, into how many, and which of them is held here."""
 
-    placement: Shard | _StridedShard
+    factor: int  # of a strided shard; 0 for a plain one
     ranks: int
     rank: int
+
+    def placement(self) -> Shard | _StridedShard:
+        """As a placement of the indices of one dim."""
+        return _StridedShard(0, split_factor=self.factor) if self.factor else Shard(0)
+
+
+@lru_cache(1024)  # a model has few kinds of placements, and many tensors of each
+def _runs_of(cuts: tuple[_Cut, ...], length: int) -> tuple[Run, ...]:
+    """What is left of a dim's indices after cuts, by the placements' own splitting."""
+    mine = torch.arange(length)
+    for cut in cuts:
+        parts, _ = cut.placement()._split_tensor(mine, cut.ranks, with_padding=False, contiguous=False)
+        mine = parts[cut.rank] if cut.rank < len(parts) else mine[:0]
+    return _as_runs(mine)
 
 
 def _as_cut(listed: Sequence[_Cut]) -> list[_Cut]:
@@ -207,8 +217,8 @@ def _as_cut(listed: Sequence[_Cut]) -> list[_Cut]:
     if not listed:
         return []
     (first, *rest), ranks = listed, prod(cut.ranks for cut in listed[1:])
-    if isinstance(first.placement, _StridedShard) and first.placement.split_factor == ranks:
-        return [*_as_cut(rest), first._replace(placement=Shard(0))]
+    if first.factor and first.factor == ranks:
+        return [*_as_cut(rest), first._replace(factor=0)]
     return [first, *_as_cut(rest)]
 
 
