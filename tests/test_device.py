@@ -47,13 +47,14 @@ class Memory:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def send(self, tray: int, size: int, slot: int, at: int) -> None:
-        assert at + size <= ROOM
-        self.there[slot][at : at + size].copy_(self.trays[tray][:size])
-        self.trays[tray].fill_(0x7E)
-        self.sent.append((slot, self.moved[slot], at))
+    def send(self, batch: Sequence[device.Sent]) -> None:
+        for tray, size, slot, at in batch:
+            assert at + size <= ROOM
+            self.there[slot][at : at + size].copy_(self.trays[tray][:size])
+            self.trays[tray].fill_(0x7E)
+            self.sent.append((slot, self.moved[slot], at))
 
-    def gone(self, tray: int, wait: bool) -> bool:
+    def gone(self, batch: Sequence[device.Sent], wait: bool) -> bool:
         return True
 
     def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
@@ -259,7 +260,7 @@ def test_an_error_while_sending_ends_the_readers_too(tmp_path: Path) -> None:
     tensors = blank(plan, torch.bfloat16)
 
     class Broken(Memory):
-        def send(self, tray: int, size: int, slot: int, at: int) -> None:
+        def send(self, batch: Sequence[device.Sent]) -> None:
             raise RuntimeError("no device")
 
     before = threading.active_count()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import count
 from queue import SimpleQueue
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -36,6 +36,15 @@ PINNED = 256 << 20  # bytes of all trays, at most
 Fill = Callable[[Sequence[Piece], memoryview], int]
 
 
+class Sent(NamedTuple):
+    """The first `size` bytes of a tray on their way to byte `at` of a device slot."""
+
+    tray: int
+    size: int
+    slot: int
+    at: int
+
+
 class Lane(Protocol):
     """The way from trays on the host to slots on the device. Only the calling thread uses it, inside `with`."""
 
@@ -46,11 +55,11 @@ class Lane(Protocol):
 
     def __exit__(self, *error: object) -> None: ...
 
-    def send(self, tray: int, size: int, slot: int, at: int) -> None:
-        """Bring the first bytes of a tray to a device slot, after the work that read what lay there."""
+    def send(self, batch: Sequence[Sent]) -> None:
+        """Bring parts of trays to device slots, after the work that read what lay there."""
 
-    def gone(self, tray: int, wait: bool) -> bool:
-        """Whether what was sent last from a tray has left it; True after waiting for it."""
+    def gone(self, batch: Sequence[Sent], wait: bool) -> bool:
+        """Whether a batch has left its trays; True after waiting for it."""
 
     def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
         """Bring a table to the end of a slot that has been sent to; the table there."""
@@ -108,11 +117,10 @@ def filling(files: Files) -> Fill:
     """How a share is read: its pieces into a view of its slot's bytes, of which a tray has the part that it spans."""
 
     def fill(pieces: Sequence[Piece], tray: memoryview) -> int:
-        first = pieces[0][3]
-        return sum(
-            files.get(file).preadv(begin, [tray[at - first : at - first + length]])
-            for file, begin, length, at in pieces
-        )
+        first, done = pieces[0][3], 0
+        for file, begin, length, at in pieces:
+            done += files.get(file).preadv(begin, [tray[at - first : at - first + length]])
+        return done
 
     return fill
 
@@ -122,9 +130,7 @@ class _Desk:
 
     def __init__(self, trays: int) -> None:
         self.free: SimpleQueue[int] = SimpleQueue()  # numbers of trays; -1 when there is no more to do
-        self.full: SimpleQueue[tuple[int, int, int]] = (
-            SimpleQueue()
-        )  # (share, tray, bytes); share -1: a reader failed
+        self.full: SimpleQueue[tuple[int, int, int]] = SimpleQueue()  # (share, tray, bytes read)
         self.errors: list[tuple[int, BaseException]] = []
         for tray in range(trays):
             self.free.put(tray)
@@ -140,17 +146,18 @@ def pump(
         threading.Thread(target=_reader, args=(job, fill, desk, taken, views), daemon=True)
         for _ in range(min(threads, len(shares)))
     ]
-    sending, read = _Sending(job, lane, max(0, len(views) - len(pool))), 0
+    sending, read, left = _Sending(job, lane, max(0, len(views) - len(pool))), 0, len(shares)
     try:
         for thread in pool:
             thread.start()
-        for _ in shares:
+        while left and not desk.errors:
             sending.give_back(desk)
-            share, tray, size = desk.full.get()
-            if share < 0:
-                break
-            read += size
-            sending.take(share, tray)
+            come = [desk.full.get()]
+            while not desk.full.empty():
+                come.append(desk.full.get())
+            read += sum(size for _, _, size in come)
+            left -= len(come)
+            sending.take([(share, tray) for share, tray, _ in come if share >= 0])
             if progress is not None:
                 progress(read, job.size)
     finally:
@@ -187,38 +194,40 @@ class _Sending:
     def __init__(self, job: Job, lane: Lane, spare: int) -> None:
         self._job, self._lane, self._spare = job, lane, spare
         self._due = [slot.shares for slot in job.packed.slots]
-        self._early: dict[
-            int, list[tuple[int, int]]
-        ] = {}  # by slot number: shares whose place is still in use
-        self._under_way: deque[int] = deque()  # trays
+        self._early: dict[int, list[tuple[int, int]]] = {}  # by slot number: what its place is not free for
+        self._under_way: deque[list[Sent]] = deque()
         self.written = dict[int, int]()
 
     def give_back(self, desk: _Desk) -> None:
         """Trays that have left may be filled again; wait for those that a reader lacks, if there is nothing to send."""
         while self._under_way:
-            wait = len(self._under_way) > self._spare and desk.full.empty()
+            wait = sum(map(len, self._under_way)) > self._spare and desk.full.empty()
             if not self._lane.gone(self._under_way[0], wait):
                 return
-            desk.free.put(self._under_way.popleft())
+            for sent in self._under_way.popleft():
+                desk.free.put(sent.tray)
 
-    def take(self, share: int, tray: int) -> None:
-        """Send a share, or keep it until the slot before it in its place is whole."""
-        number = self._job.packed.shares[share].slot
-        before = number - len(self._lane.there)
-        if before >= 0 and self._due[before]:
-            self._early.setdefault(number, []).append((share, tray))
+    def take(self, come: Sequence[tuple[int, int]]) -> None:
+        """Send shares, all at once, since every call gives up the interpreter; keep those whose place is still in use."""
+        places = len(self._lane.there)
+        batch, numbers = list[Sent](), list[int]()
+        for share, tray in come:
+            number, at, size, _ = self._job.packed.shares[share]
+            if number >= places and self._due[number - places]:
+                self._early.setdefault(number, []).append((share, tray))
+            else:
+                batch.append(Sent(tray, size, number % places, at))
+                numbers.append(number)
+        if not batch:
             return
-        self._send(share, tray)
-        if not self._due[number]:
+        self._lane.send(batch)
+        self._under_way.append(batch)
+        for number in numbers:
+            self._due[number] -= 1
+        whole = [number for number in sorted(set(numbers)) if not self._due[number]]
+        for number in whole:
             self._move(number)
-            for early in self._early.pop(number + len(self._lane.there), []):
-                self.take(*early)
-
-    def _send(self, share: int, tray: int) -> None:
-        one = self._job.packed.shares[share]
-        self._lane.send(tray, one.size, one.slot % len(self._lane.there), one.at)
-        self._under_way.append(tray)
-        self._due[one.slot] -= 1
+        self.take([early for number in whole for early in self._early.pop(number + places, [])])
 
     def _move(self, number: int) -> None:
         """Move the tiles of a slot that is whole."""
@@ -278,17 +287,22 @@ class Streams:
     def __exit__(self, *error: object) -> None:
         self._current.__exit__(*error)
 
-    def send(self, tray: int, size: int, slot: int, at: int) -> None:
-        if self._used[slot]:
+    def send(self, batch: Sequence[Sent]) -> None:
+        for slot in {sent.slot for sent in batch if self._used[sent.slot]}:
             self._sending.wait_event(self._done[slot])
             self._used[slot] = False
-        self.there[slot][at : at + size].copy_(self.trays[tray][:size], non_blocking=True)
-        self._gone[tray].record(self._sending)
+        torch._foreach_copy_(
+            [self.there[slot][at : at + size] for _, size, slot, at in batch],
+            [self.trays[tray][:size] for tray, size, _, _ in batch],
+            non_blocking=True,
+        )
+        self._gone[batch[0].tray].record(self._sending)
 
-    def gone(self, tray: int, wait: bool) -> bool:
+    def gone(self, batch: Sequence[Sent], wait: bool) -> bool:
+        last = self._gone[batch[0].tray]
         if wait:
-            self._gone[tray].synchronize()
-        return wait or bool(self._gone[tray].query())  # type: ignore[no-untyped-call]
+            last.synchronize()
+        return wait or bool(last.query())  # type: ignore[no-untyped-call]
 
     def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
         room = self.there[slot][-TABLE:].view(torch.int64)
