@@ -31,6 +31,7 @@ from restow.torch.sources import Files
 SLOTS = 4  # on the device
 SLOT = 64 << 20  # bytes of one
 SPARE = 2  # trays more than readers: on their way to the device
+BATCH = 4  # trays that are sent in one call, at most: more would come back all at once
 PINNED = 256 << 20  # bytes of all trays, at most
 
 Fill = Callable[[Sequence[Piece], memoryview], int]
@@ -98,7 +99,9 @@ def run_on_device(
     device = tensors[plan.targets[plan.copies[0].target].name].device
     with ExitStack() as stack:
         files = Files(stack, root, stamps)
-        size = LARGE if large else SHARE
+        size = (
+            LARGE if large else SHARE // 2 if local_ranks() > 1 else SHARE
+        )  # ranks of a host share its caches
         made = (lane or Streams)(device, max(2, min(threads + SPARE, PINNED // size)), size)
         way = stack.enter_context(made)
         job = prepared(plan, tensors, way.there, share=way.trays[0].numel())
@@ -153,7 +156,7 @@ def pump(
         while left and not desk.errors:
             sending.give_back(desk)
             come = [desk.full.get()]
-            while not desk.full.empty():
+            while len(come) < BATCH and not desk.full.empty():
                 come.append(desk.full.get())
             read += sum(size for _, _, size in come)
             left -= len(come)

@@ -23,7 +23,7 @@ from restow.torch.strides import dot, tile_axis
 ALIGN = (
     512  # bytes: a tile begins in its slot as it does in its file, so that words and cache lines stay whole
 )
-SHARE = 4 << 20  # bytes that a thread reads before it looks for more
+SHARE = 8 << 20  # bytes that a thread reads before it looks for more
 LARGE = 16 << 20  # the same where small reads are slow
 
 Ints = npt.NDArray[np.int64]
