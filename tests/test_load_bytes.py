@@ -20,6 +20,7 @@ from restow.errors import MissingTensorError, UnexpectedTensorError
 from restow.files import SourceFile
 from restow.reads import merged
 from restow.torch import read
+from restow.torch.jobs import LEAST, Job, Queue
 
 SMALL = Model()
 FORMS = [
@@ -345,3 +346,14 @@ def test_large_tiles_stay_within_memory(tmp_path: Path, monkeypatch: pytest.Monk
         assert limits[0] * len(limits) <= read.WINDOW or limits[0] == read.TILE
     restow.load(source, into, threads=1, network=True)
     assert limits[-1] == read.JOB
+
+
+def test_threads_take_less_towards_the_end() -> None:
+    sizes = [3 << 20] * 60 + [100] * 1000
+    queue = Queue((Job(i, (), 0, 1, n) for i, n in enumerate(sizes)), sum(sizes), 2)
+    taken = list(iter(queue.take, []))
+    assert [job.number for jobs in taken for job in jobs] == list(range(len(sizes)))  # each once, in order
+    room = [sum(job.size for job in jobs) for jobs in taken]
+    assert room[0] == 15 << 20  # five whole ones in 16 MiB
+    assert all(size <= max(LEAST, 3 << 20, sum(room[i:]) // 4) for i, size in enumerate(room))
+    assert len(taken[-1]) > 100, "what is small is taken together"
