@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import restow
 from moe import AT, Model, Tensors, differing, painted, write
 from restow.errors import MissingTensorError, UnexpectedTensorError
-from restow.files import SourceFile
+from restow.files import SourceFile, open_source
 from restow.reads import merged
 from restow.torch import read
 from restow.torch.jobs import LEAST, Job, Queue
@@ -326,6 +327,25 @@ def test_on_a_network_what_a_thread_takes_is_asked_for_in_one_piece(
     assert differing(load(None), local) == [] and len(asked) == 1
     load(False)
     assert asked == []
+    monkeypatch.setattr(SourceFile, "at_hand", lambda file, offset: False)
+    assert differing(load(False), local) == [] and tuple(asked) == plan.reads  # a disk is told as well
+
+
+@pytest.mark.parametrize(("error", "there"), [(None, True), (BlockingIOError, False), (OSError, True)])
+def test_what_is_at_hand(
+    error: type[OSError] | None, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    read_now = os.preadv
+
+    def preadv(*arguments: Any) -> int:
+        if error is not None:
+            raise error
+        return read_now(*arguments[:3])
+
+    with open_source(tmp_path / "file") as source:
+        monkeypatch.setattr("restow.files.os.preadv", preadv)
+        assert source.at_hand(2) is there
 
 
 def test_large_tiles_stay_within_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from restow.errors import CoverageError, UsageError, show
+from restow.coding import byte_box
+from restow.errors import CoverageError, RestowError, UsageError, show
 from restow.files import SourceFile
 from restow.plans import Copy, Part, Plan
 from restow.reads import GAP, Spans, merged, spans
@@ -169,10 +170,11 @@ def _work(
 ) -> None:
     torch.set_num_threads(1)  # this thread is one of ours: ATen must not start a second pool below it
     worker = _Worker(plan, tensors, memory, files, tile)
-    while not ledger.stop.is_set():
-        jobs = queue.take()
-        if not jobs:
-            return
+    ahead = queue.take()
+    worker.announce(ahead)
+    while ahead and not ledger.stop.is_set():
+        jobs, ahead = ahead, queue.take()
+        worker.announce(ahead)  # a disk fetches them while these are moved
         try:
             read, written = worker.run(jobs)
         except BaseException as error:
@@ -242,29 +244,42 @@ class _Worker:
 
     def run(self, jobs: Sequence[Job]) -> tuple[int, dict[int, int]]:
         """Do jobs; the bytes read, and the elements written by target."""
-        if self._limit > TILE:
-            self._announce(jobs)
         written: dict[int, int] = {}
         read = sum(self._run(job, written) for job in jobs)
         return read + self._read_due(), written
 
-    def _announce(self, jobs: Sequence[Job]) -> None:
-        """Ask for the bytes of jobs that are whole runs of one file, neighbours in one word."""
-        runs: list[tuple[str, int, int]] = []
-        for job in jobs:
-            copy = job.copies[0]
-            part, (sizes, steps, _) = self._plan.parts[copy.source], self._plan.patterns[copy.pattern]
-            if (
-                not part.file
-                or part.coding >= 0
-                or not sizes
-                or spans(sizes, steps, self._plan.itemsize(copy))[:2] != (0, 0)
-            ):
-                continue
-            begin = part.begin + (copy.at + job.first * steps[0]) * self._plan.itemsize(copy)
-            runs.append((part.file, begin, begin + job.size))
-        for file, begin, end in merged(runs):
-            self._files.get(file).announce(begin, end - begin)
+    def announce(self, jobs: Sequence[Job]) -> None:
+        """Ask for the bytes of jobs that are whole runs of one file, neighbours in one word.
+
+        On a local disk only where they are not in memory: the last of them tells, since a reader before it may have
+        brought the first.
+        """
+        last = self._run_of(jobs[-1]) if jobs else None
+        if last is None:
+            return
+        with suppress(RestowError):  # whoever reads it raises that, in its turn
+            if self._limit == TILE and self._files.get(last[0]).at_hand(last[2] - 1):
+                return
+            for file, begin, end in merged([run for job in jobs if (run := self._run_of(job)) is not None]):
+                self._files.get(file).announce(begin, end - begin)
+
+    def _run_of(self, job: Job) -> tuple[str, int, int] | None:
+        """The bytes of a job as (file, begin, end), codes without their scales; None where they are not one run."""
+        copy = job.copies[0]
+        part, (sizes, steps, _) = self._plan.parts[copy.source], self._plan.patterns[copy.pattern]
+        if not part.file or not sizes or not job.size:
+            return None
+        itemsize, at, sizes = (
+            self._plan.itemsize(copy),
+            copy.at + job.first * steps[0],
+            (job.steps, *sizes[1:]),
+        )
+        if part.coding >= 0:
+            at, sizes, steps = byte_box(self._plan.codings[part.coding].bits, at, sizes, steps)[:3]
+        if spans(sizes, steps, itemsize)[:2] != (0, 0):
+            return None
+        begin = part.begin + at * itemsize
+        return part.file, begin, begin + prod(sizes) * itemsize
 
     def _run(self, job: Job, written: dict[int, int]) -> int:
         plan, copy = self._plan, job.copies[0]
