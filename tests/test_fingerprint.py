@@ -17,14 +17,14 @@ import restow
 import tiny
 from moe import AT, Model, Tensors, spell
 from restow.layout import Layout
-from restow.torch.fingerprint import bilinear
+from restow.torch.sums import bilinear
 from test_load_ranks import FOUR, THREE, Case, distributed, module_of, on_ranks
 
 MASK = 2**64 - 1
 SMALL = Model(e=12, f=6, d=10, layers=1)
 LAYOUTS = ["split", "fused", "grouped", "stacked"]
 
-# A second implementation, in plain Python, by the text of restow.torch.fingerprint.
+# A second implementation, in plain Python, by the text of restow.torch.sums.
 
 
 def mix(x: int) -> int:
@@ -120,6 +120,24 @@ def test_second_implementation(data: st.DataObject) -> None:
     even, odd = torch.arange(0, cols, 2), torch.arange(1, cols, 2)
     strided = sum(bilinear(whole[:, i], torch.arange(rows), i) for i in (even, odd) if len(i))
     assert strided & MASK == wanted
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "cols"), [(4099, 1161), (33, 9001), (5000, 8), (1, 900)])
+def test_columns_in_memory_by_blocks(rows: int, cols: int, kind: torch.dtype) -> None:
+    """More rows and more words than one block has, and columns that belong to another leaf between them."""
+    seeded = torch.Generator().manual_seed(rows)
+    data = torch.randint(0, 256, (cols, 2 * rows * kind.itemsize), dtype=torch.uint8, generator=seeded).view(
+        kind
+    )
+    for half in (data[:, :rows], data[:, rows:]):
+        packed = half.t().contiguous()
+        assert not half.t().is_contiguous() or rows == 1
+        assert ours(half.t()) == ours(packed)
+        assert bilinear(half.t()[:, 3:], torch.arange(rows), torch.arange(3, cols)) == bilinear(
+            packed[:, 3:], range(rows), range(3, cols)
+        )
+    assert ours(packed[:9]) == plainly(packed[:9])
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

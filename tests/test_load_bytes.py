@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import restow
 from moe import AT, Model, Tensors, differing, painted, write
 from restow.errors import MissingTensorError, UnexpectedTensorError
-from restow.files import SourceFile
+from restow.files import SourceFile, open_source
 from restow.reads import merged
 from restow.torch import read
+from restow.torch.jobs import LEAST, Job, Queue
 
 SMALL = Model()
 FORMS = [
@@ -325,6 +327,25 @@ def test_on_a_network_what_a_thread_takes_is_asked_for_in_one_piece(
     assert differing(load(None), local) == [] and len(asked) == 1
     load(False)
     assert asked == []
+    monkeypatch.setattr(SourceFile, "at_hand", lambda file, offset: False)
+    assert differing(load(False), local) == [] and tuple(asked) == plan.reads  # a disk is told as well
+
+
+@pytest.mark.parametrize(("error", "there"), [(None, True), (BlockingIOError, False), (OSError, True)])
+def test_what_is_at_hand(
+    error: type[OSError] | None, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    read_now = os.preadv
+
+    def preadv(*arguments: Any) -> int:
+        if error is not None:
+            raise error
+        return read_now(*arguments[:3])
+
+    with open_source(tmp_path / "file") as source:
+        monkeypatch.setattr("restow.files.os.preadv", preadv)
+        assert source.at_hand(2) is there
 
 
 def test_large_tiles_stay_within_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,3 +366,14 @@ def test_large_tiles_stay_within_memory(tmp_path: Path, monkeypatch: pytest.Monk
         assert limits[0] * len(limits) <= read.WINDOW or limits[0] == read.TILE
     restow.load(source, into, threads=1, network=True)
     assert limits[-1] == read.JOB
+
+
+def test_threads_take_less_towards_the_end() -> None:
+    sizes = [3 << 20] * 60 + [100] * 1000
+    queue = Queue((Job(i, (), 0, 1, n) for i, n in enumerate(sizes)), sum(sizes), 2)
+    taken = list(iter(queue.take, []))
+    assert [job.number for jobs in taken for job in jobs] == list(range(len(sizes)))  # each once, in order
+    room = [sum(job.size for job in jobs) for jobs in taken]
+    assert room[0] == 15 << 20  # five whole ones in 16 MiB
+    assert all(size <= max(LEAST, 3 << 20, sum(room[i:]) // 4) for i, size in enumerate(room))
+    assert len(taken[-1]) > 100, "what is small is taken together"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from restow.boxes import held, whole
 from restow.errors import CoverageError, RolesError, ShapeMismatchError
-from restow.moves import Move, Pattern, Side, _prove, decode, freeze, moves
+from restow.moves import Move, Pattern, Side, _digits, _prove, decode, freeze, moves
 from restow.notation import Row, parse_row
 from strategies import Role, held_runs, part_of, pieces, roles, rows, sizes_of, stored
 
@@ -56,7 +56,8 @@ def test_a_move_is_what_einops_says(data: st.DataObject) -> None:
         if t:
             np.testing.assert_array_equal(got, part_of(array, runs))
     for move in made:
-        assert decode(target, target.held[move.target][0], move) is not None
+        digits = _digits(target.row, target.sizes)
+        assert decode(digits, target.held[move.target][0], move, {}) is not None
 
 
 @given(st.data())

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from restow.torch import transpose
-from restow.torch.transpose import copy_transposed, is_exact, kernel_for, tile_shape
+from restow.torch.transpose import copy_transposed, is_exact, kernel_for, tile_shape, turn
 
 DTYPES = (
     torch.uint8,
@@ -129,6 +129,31 @@ def test_other_strides():
         assert np.array_equal(into.view(torch.int16).numpy(), src.view(torch.int16).numpy())
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=sides,
+    cols=sides,
+    apart=st.integers(0, 9),
+    pad=st.sampled_from([0, 1, 2048 - 30]),
+    kernel=st.sampled_from(KERNELS),
+)
+@example(torch.bfloat16, 65, 1200, 8, 2048 - 65, "simd")  # the aliasing stride, beyond the temporary
+@example(torch.bfloat16, 800, 1500, 3, 5, "simd")  # more than a cache holds
+def test_rows_apart(dtype, rows, cols, apart, pad, kernel):
+    """A source that is part of every row of something wider: half of what holds gate and up."""
+    src = noise(dtype, (rows, cols + apart), 0, 5)[:, apart // 2 : apart // 2 + cols]
+    back = noise(dtype, (cols, rows + pad), 0, 6)
+    raw = INTS[dtype.itemsize]
+    wanted = back.view(raw).numpy().copy()
+    wanted[:, :rows] = src.view(raw).numpy().T
+    copy_transposed(back[:, :rows].t(), src, kernel=kernel)
+    assert np.array_equal(back.view(raw).numpy(), wanted)
+    other = np.zeros_like(wanted)
+    turn(other[:, :rows], src.view(raw).numpy())
+    assert np.array_equal(other[:, :rows], wanted[:, :rows])
+
+
 def test_parameters_and_empty():
     into = torch.nn.Parameter(torch.zeros(8, 6))
     src = noise(torch.float32, (6, 8), 0, 4)
@@ -166,7 +191,7 @@ def shifted(out, src):
 
 def spills(out, src):
     transpose.plain(out, src)
-    out.as_strided((1,), (1,), out.storage_offset() - 1).zero_()
+    np.lib.stride_tricks.as_strided(out, (out.shape[0], out.shape[1] + 1))[0, -1] ^= 1
 
 
 def only_square(out, src):

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from restow.codecs import Codec
 from restow.errors import ConfigError, NotationError, UsageError, show
@@ -53,7 +54,7 @@ class Spelling:
     codec: Codec | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Family:
     """A record of what a family's checkpoints look like. See the module's text for each field's meaning."""
 
@@ -102,6 +103,10 @@ class Family:
 
     def candidates(self) -> tuple[Spelling, ...]:
         """The spellings and forms among which a layout is found, each rows once; a form has no fixed container."""
+        return self._candidates
+
+    @cached_property
+    def _candidates(self) -> tuple[Spelling, ...]:
         forms = {name: self.form(name) for name in FORMS}
         known = {layout: spelling.names for spelling in self.spellings for layout in [spelling.layout]}
         own = [s for s in self.spellings if s.layout not in forms.values()]

@@ -74,6 +74,18 @@ class SourceFile:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self.fd, offset, count, os.POSIX_FADV_WILLNEED)
 
+    def at_hand(self, offset: int) -> bool:
+        """Whether the byte there comes without waiting for a disk; True where the system does not say."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return True
+        try:
+            os.preadv(self.fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
     def pread(self, offset: int, count: int) -> bytes:
         """Exactly `count` bytes from `offset`."""
         parts: list[bytes] = []

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
+from operator import ge, mul
 from typing import NamedTuple
 
+from restow.boxes import strides_of
 from restow.codec import Announced, lost_scales, odd_grids
 from restow.codecs import COMPANIONS, Codec
 from restow.errors import (
@@ -266,15 +268,17 @@ def _fit(
     for row in layout.rows:
         found = by_row[row.role]
         lengths = [axis_size(row, axis, solved) for axis in row.name_axes]
+        strides = strides_of(lengths)
         slots: list[str | None] = [None] * prod(lengths)
         expected = _expected(row, {**solved, **local})
+        loose = spelling.codec is not None and spelling.codec.ragged(row.role)
         for index, name in found.items():
-            if any(i >= length for i, length in zip(index, lengths, strict=True)):
+            if any(map(ge, index, lengths)):
                 extra.append(name)
                 continue
-            slots[_flat(index, lengths)] = name
-            loose = spelling.codec is not None and spelling.codec.ragged(row.role)
-            if shapes[name] != expected and not (loose and len(shapes[name]) == 1):
+            slots[sum(map(mul, index, strides))] = name
+            shape = shapes[name]
+            if shape != expected and not (loose and len(shape) == 1):
                 wrong.append((name, _shape_text(row, {**solved, **local})))
         if row.role.endswith(COMPANIONS):
             names = (name_of(row, _index(i, lengths), solved) for i, name in enumerate(slots) if name is None)
@@ -321,13 +325,6 @@ def _count_name_axes(row: Row, found: Mapping[tuple[int, ...], str], solved: dic
             continue
         numbers = {index[position] for index in found}
         solved[axis] = 1 + max(n for n in numbers if n < HOLES + 4 * len(numbers))
-
-
-def _flat(index: Sequence[int], lengths: Sequence[int]) -> int:
-    at = 0
-    for i, length in zip(index, lengths, strict=True):
-        at = at * length + i
-    return at
 
 
 def _index(at: int, lengths: Sequence[int]) -> tuple[int, ...]:

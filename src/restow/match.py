@@ -48,7 +48,7 @@ class _Node:
 class Matcher:
     """A compiled set of candidates: (container, row) pairs under a tag. Built once, then only read."""
 
-    __slots__ = ("_root",)
+    __slots__ = ("_depth", "_root")
 
     def __init__(self, candidates: Iterable[tuple[int, str, Row]], sizes: Sizes) -> None:
         """`container` is a dotted run that the module path must end with, or ""; `sizes` gives bank offsets.
@@ -56,7 +56,7 @@ class Matcher:
         Where a candidate has a second bank, `{e}` without it counts only up to where that begins; rows of banks that
         begin nobody knows where match nothing.
         """
-        self._root = _Node()
+        self._root, self._depth = _Node(), 0
         known = list(candidates)
         banks = {
             tag: part.plus
@@ -96,10 +96,11 @@ class Matcher:
                 node = node.words.setdefault(segment, _Node())
             order = tuple(-1 - chosen[a] if a in chosen else read.index(a) for a in row.name_axes)
             node.leaves.append(_Leaf(tag, row, order, len(segments)))
+            self._depth = max(self._depth, len(segments) + container.count(".") + 1)
 
     def match(self, name: str) -> list[Hit]:
         """Every candidate row that the end of `name` spells."""
-        segments = name.split(".")
+        segments = name.rsplit(".", self._depth)  # what is above the deepest row stays in one piece
         hits: list[Hit] = []
         self._walk(self._root, segments, len(segments) - 1, (), hits)
         return hits
@@ -128,10 +129,12 @@ class Matcher:
 
 def _number(segment: str, before: str, after: str) -> int:
     """The number between `before` and `after`, or -1."""
-    digits = segment[len(before) : len(segment) - len(after)]
-    if not (
-        digits.isdecimal() and digits.isascii() and segment.startswith(before) and segment.endswith(after)
-    ):
+    digits = segment
+    if before or after:
+        if not (segment.startswith(before) and segment.endswith(after)):
+            return -1
+        digits = segment[len(before) : len(segment) - len(after)]
+    if not (digits.isdecimal() and digits.isascii()):
         return -1
     if len(digits) > 1 and digits[0] == "0":
         return -1

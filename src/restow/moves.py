@@ -154,13 +154,20 @@ def _spans(run: Run, mapping: Sequence[int] | None) -> list[_Span]:
 def _from_source(source: Side, box: Box, spans: Mapping[str, _Span], position: int) -> list[Move]:
     row, sizes = source.row, dict(source.sizes)
     places = dict(zip(box.axes, zip((run[0] for run in box.runs), box.steps, strict=True), strict=True))
-    lengths = [axis_size(row, axis, sizes) for axis in row.name_axes]
-    named = [spans.get(axis, _Span(0, 0, 1)) for axis in row.name_axes]
+    named = row.name_axes
+    lengths = [axis_size(row, axis, sizes) for axis in named]
+    outer = [spans.get(axis, _Span(0, 0, 1)) for axis in named]
+    there = [  # which name axes lie in the destination: dim, step, and what comes before the first index
+        (i, dim, step, span.target - first)
+        for i, (axis, span) in enumerate(zip(named, outer, strict=True))
+        if axis in places
+        for first, (dim, step) in (places[axis],)
+    ]
     found: list[Move] = []
     templates: dict[object, list[tuple[int, tuple[int, ...], Pattern]]] = {}
-    for offsets in product(*(range(span.length) for span in named)):
+    for offsets in product(*(range(span.length) for span in outer)):
         flat = 0
-        for offset, span, length in zip(offsets, named, lengths, strict=True):
+        for offset, span, length in zip(offsets, outer, lengths, strict=True):
             flat = flat * length + span.source + offset
         for piece, runs in enumerate(source.held[flat]):
             if runs not in templates:
@@ -169,10 +176,8 @@ def _from_source(source: Side, box: Box, spans: Mapping[str, _Span], position: i
                                    if _meets(inner, spans)]  # fmt: skip
             for at, start, pattern in templates[runs]:
                 moved = list(start)
-                for axis, offset, span in zip(row.name_axes, offsets, named, strict=True):
-                    if axis in places:
-                        first, (dim, step) = places[axis]
-                        moved[dim] += (span.target + offset - first) * step
+                for i, dim, step, before in there:
+                    moved[dim] += (before + offsets[i]) * step
                 found.append(Move(flat, piece, at, position, tuple(moved), pattern))
     return found
 
@@ -218,9 +223,10 @@ def _prove(target: Side, position: int, runs: Runs, made: Sequence[Move]) -> Non
     local = held(runs)
     volume = sum(prod(move.pattern.sizes) for move in made)
     seen: Seen = {}
-    boxes = [decode(target, runs, move, seen) for move in made]
-    outside = sum(box is None for box in boxes)
-    clash = overlap([box for box in boxes if box is not None])
+    digits = _digits(target.row, target.sizes)
+    boxes = [box for move in made if (box := decode(digits, runs, move, seen)) is not None]
+    outside = len(made) - len(boxes)
+    clash = overlap(boxes)
     if volume == prod(local) and clash is None and not outside:
         return
     what = "some written outside it" if outside else "some written twice" if clash else f"{volume} written"
@@ -232,24 +238,24 @@ def _prove(target: Side, position: int, runs: Runs, made: Sequence[Move]) -> Non
     )
 
 
+Digits = tuple[tuple[tuple[int, int], ...], ...]  # per dim, the length and the stride of each axis inside it
 Seen = dict[tuple[int, int, int], tuple[Run, ...] | None]  # by dim, place in it, and pattern's identity
 
 
-def decode(
-    target: Side, runs: Sequence[Sequence[Run]], move: Move, seen: Seen | None = None
-) -> tuple[Run, ...] | None:
+def decode(digits: Digits, runs: Sequence[Sequence[Run]], move: Move, seen: Seen) -> tuple[Run, ...] | None:
     """The axes' runs that a move fills, read back from its start and steps alone; None where it leaves what is held.
 
     Where an axis lies inside a dim follows from the row and the sizes once more, not from how the move was made. `seen`
     keeps what was read back of moves that share their pattern: they mostly differ in one dim.
     """
-    known: Seen = {} if seen is None else seen
     found: list[Run] = []
-    for dim, (digits, dim_runs) in enumerate(zip(_digits(target.row, target.sizes), runs, strict=True)):
-        key = (dim, move.start[dim], id(move.pattern))
-        if key not in known:
-            known[key] = _read_back(digits, dim_runs, dim, move.start[dim], move.pattern)
-        here = known[key]
+    pattern = move.pattern
+    same = id(pattern)
+    for dim, (at, inside, dim_runs) in enumerate(zip(move.start, digits, runs, strict=True)):
+        key = (dim, at, same)
+        if key not in seen:
+            seen[key] = _read_back(inside, dim_runs, dim, at, pattern)
+        here = seen[key]
         if here is None:
             return None
         found += here
@@ -285,7 +291,6 @@ def _read_back(
 
 
 @lru_cache(maxsize=256)
-def _digits(row: Row, sizes: Frozen) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Per dim of a row: the length and the stride of each axis inside it."""
+def _digits(row: Row, sizes: Frozen) -> Digits:
     lengths = [[axis_size(row, key, dict(sizes)) for key in dim_keys(spec)] for spec in row.dims]
     return tuple(tuple(zip(dim, strides_of(dim), strict=True)) for dim in lengths)

@@ -69,14 +69,14 @@ def on_network(folder: Path) -> bool:
 
 def file_system(folder: Path, table: str) -> str:
     """The type of the file system that holds a folder, as a mount table spells it."""
-    path, kind, depth = folder.resolve(), "", -1
+    path, kind, depth = f"{folder.resolve()}/", "", -1
     for line in table.splitlines():
         words = line.split()
         if len(words) < 3:
             continue
-        mount = Path(words[1].encode("latin-1", "replace").decode("unicode_escape"))
-        if path.is_relative_to(mount) and len(mount.parts) >= depth:  # of two at one place, the later is seen
-            kind, depth = words[2], len(mount.parts)
+        mount = words[1].encode("latin-1", "replace").decode("unicode_escape").rstrip("/") + "/"
+        if path.startswith(mount) and len(mount) >= depth:  # of two at one place, the later is seen
+            kind, depth = words[2], len(mount)
     return kind
 
 

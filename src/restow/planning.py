@@ -64,7 +64,7 @@ class Prepared:
     pairs: Mapping[str, str]
     owners: Mapping[str, tuple[str, str, int]]
     plain: Mapping[str, str]
-    known: dict[object, tuple[Move, ...]] = field(default_factory=dict, repr=False)
+    known: dict[object, list[tuple[Move, ...]]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def roles(self) -> Mapping[tuple[str, str], str]:
@@ -284,11 +284,10 @@ class _Draft:
         return Side(row, freeze(source.sizes), tuple(pieces))
 
     def _moves(self, source: Side, side: Side, take: Take) -> tuple[Move, ...]:
-        key = (source, side, take)
-        found = self.prepared.known.get(key)  # once: such keys take their time to hash
-        if found is None:
-            found = self.prepared.known[key] = moves(source, side, take)
-        return found
+        found = self.prepared.known.setdefault((source, side, take), [])  # such keys take their time to hash
+        if not found:
+            found.append(moves(source, side, take))
+        return found[0]
 
     def add_plain(self, source_name: str, name: str) -> None:
         """The copies of a tensor outside the experts."""
@@ -335,27 +334,31 @@ class _Draft:
     def _book(
         self, made: Iterable[Move], sources: Sequence[str | None], targets: Sequence[str | None]
     ) -> None:
+        last, pattern = None, -1
         for move in made:
-            pattern = self.patterns.setdefault(move.pattern, len(self.patterns))
+            if move.pattern is not last:  # most share one
+                last, pattern = move.pattern, self.patterns.setdefault(move.pattern, len(self.patterns))
             source, target = sources[move.source], targets[move.target]
             assert source is not None
             assert target is not None
-            part = self._part(source, move.piece)
-            if self.parts[part].coding >= 0 and self.chosen[target].dtype not in FLOATS:
+            part = self.part_ids.get((source, move.piece), -1)
+            if part < 0:
+                part = self._part(source, move.piece)
+            if self.codings and self.parts[part].coding >= 0 and self.chosen[target].dtype not in FLOATS:
                 raise no_values(source, target, self.chosen[target].dtype)
             self.copies.append(Copy(part, move.at, self.target_ids[target], move.start, pattern))
 
     def _part(self, name: str, number: int) -> int:
-        if (name, number) not in self.part_ids:
-            entry = self.source.tensors[name]
-            piece = entry.pieces[number]
-            self.part_ids[name, number] = len(self.parts)
-            coded = self.source.coded.get(name) if self.source.coded is not None else None
-            if coded is None:
-                self.parts.append(Part(name, entry.dtype, piece.file, piece.begin, piece.end))
-            else:
-                self._coded_part(coded, entry, number)
-        return self.part_ids[name, number]
+        """The number of a new part."""
+        entry = self.source.tensors[name]
+        piece = entry.pieces[number]
+        made = self.part_ids[name, number] = len(self.parts)
+        coded = self.source.coded.get(name) if self.source.coded is not None else None
+        if coded is None:
+            self.parts.append(Part(name, entry.dtype, piece.file, piece.begin, piece.end))
+        else:
+            self._coded_part(coded, entry, number)
+        return made
 
     def _coded_part(self, coded: Coded, entry: Entry, number: int) -> None:
         """The codes of a weight as a part, and after it its scales."""
@@ -378,7 +381,7 @@ class _Draft:
     def plan(self, layouts: tuple[tuple[str, str, str], ...]) -> Plan:
         order = sorted(range(len(self.parts)), key=lambda i: (self.parts[i].file, self.parts[i].begin, i))
         place = {old: new for new, old in enumerate(order)}
-        copies = sorted(copy._replace(source=place[copy.source]) for copy in self.copies)
+        copies = sorted(Copy(place[old], at, to, start, along) for old, at, to, start, along in self.copies)
         unused, passed = self.prepared.left
         missing = frozenset(self.prepared.missing)
         return Plan(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -20,6 +21,11 @@ class Sharded(NamedTuple):
 
     shape: tuple[int, ...]
     parts: tuple[tuple[int, int, tuple[int, ...]], ...]
+
+
+@lru_cache(maxsize=256)
+def _whole_box(shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((0, size) for size in shape)
 
 
 class Tensors(Mapping[str, Entry]):
@@ -56,8 +62,7 @@ class Tensors(Mapping[str, Entry]):
         i = bisect_right(self._starts, at) - 1
         header, row = self._headers[i], at - self._starts[i]
         shape = header.shapes[row]
-        box = tuple((0, size) for size in shape)
-        piece = Piece(box, header.file, header.begins[row], header.ends[row])
+        piece = Piece(_whole_box(shape), header.file, header.begins[row], header.ends[row])
         return Entry(header.dtypes[row], shape, (piece,))
 
     def _whole(self, tensor: Sharded) -> Entry:

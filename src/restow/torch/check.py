@@ -22,9 +22,9 @@ from restow.problems import Problem
 from restow.targets import Runs, Target, whole_target
 from restow.torch.chunks import CHUNK, Filled, Slice, fill, grouped, room, slices
 from restow.torch.dtypes import torch_dtype
-from restow.torch.fingerprint import MASK, bilinear, plain_sum
 from restow.torch.leafviews import leaf_views
 from restow.torch.leaves import name_index
+from restow.torch.sums import MASK, bilinear, plain_sum
 from restow.torch.values import Tie, Values, source_names, values_of
 
 SourceLeaf = tuple[str, str, int, int]  # module path in the source, role, expert, projection
@@ -84,7 +84,7 @@ def check_load(
         local = locals_[name]
         for view in leaf_views(owner, prepared.modules[path], targets[name].runs, local, source.family):
             _, e, p = view.leaf
-            rows, cols = (torch.arange(start, start + count) for start, count in (view.rows, view.cols))
+            rows, cols = (range(start, start + count) for start, count in (view.rows, view.cols))
             one = _Held(name, view.key, local.dtype, view.rows, view.cols, bilinear(view.matrix, rows, cols))
             leaves.setdefault((there.path, role, experts[e] if experts is not None else e, p), []).append(one)
     plain: dict[str, list[_Plain]] = {}
@@ -175,9 +175,7 @@ def _sum_sources(
                     continue
                 r, c = rows[0] - view.rows[0], cols[0] - view.cols[0]
                 matrix = view.matrix[r : r + rows[1], c : c + cols[1]].to(part.dtype)
-                part.there += bilinear(
-                    matrix, torch.arange(rows[0], sum(rows)), torch.arange(cols[0], sum(cols))
-                )
+                part.there += bilinear(matrix, range(rows[0], sum(rows)), range(cols[0], sum(cols)))
     return (*values.problems(), *(tie.problems() if source.path is not None else ()))
 
 

@@ -23,8 +23,10 @@ from restow.torch.chunks import Filled, raw, slices, stream
 from restow.torch.explain import text_order, why
 from restow.torch.leafviews import LeafView, Owner, inner_axes, leaf_views
 from restow.torch.leaves import Leaf
-from restow.torch.tiles import column_blocks, move
+from restow.torch.tiles import move, strips
 from restow.torch.verify_report import Difference
+
+STRIP = 1 << 18  # bytes that are brought into the order of a leaf at once: they are hashed from the cache
 
 
 class Leaves:
@@ -80,7 +82,8 @@ class Leaves:
             self._open[view.key] = (xxhash.xxh3_128(), -1)  # never to be finished
             return
         running = running or xxhash.xxh3_128()
-        running.update(raw(self._packed(view.matrix)))
+        for strip in strips(view.matrix, STRIP):
+            running.update(raw(self._packed(strip)))
         if done + view.rows[1] == rows:
             self.found[view.key] = running.hexdigest()
         else:
@@ -92,8 +95,7 @@ class Leaves:
         if self._scratch.numel() < matrix.nbytes:
             self._scratch = torch.empty(matrix.nbytes, dtype=torch.uint8)
         packed = self._scratch[: matrix.nbytes].view(matrix.dtype).view(matrix.shape)
-        for one, other in column_blocks(matrix, packed):
-            move(other, one)
+        move(packed, matrix)
         return packed
 
 

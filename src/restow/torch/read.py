@@ -9,32 +9,30 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import NamedTuple
 
 import torch
 
-from restow.coding import jobs as coded_jobs
-from restow.errors import CoverageError, UsageError, show
+from restow.coding import byte_box
+from restow.errors import CoverageError, RestowError, UsageError, show
 from restow.files import SourceFile
 from restow.plans import Copy, Part, Plan
 from restow.reads import GAP, Spans, merged, spans
 from restow.torch.decode import Decoder
 from restow.torch.decode import Landing as Decoded
 from restow.torch.dtypes import dtype_name, torch_dtype
+from restow.torch.jobs import JOB, Job, Queue, jobs, volume
 from restow.torch.raw import raw
 from restow.torch.sources import Files
-from restow.torch.strides import contiguous_from, dot, even, places, real_places, tile_axis
+from restow.torch.strides import contiguous_from, dot, places, real_places, tile_axis
 from restow.torch.tiles import move
-from restow.torch.transpose import LINE
 
-JOB = (
-    16 << 20
-)  # bytes of one job, where the outermost axis lets it be cut, and of what a thread takes at once
 STAGE = 16 << 20  # bytes of one tile on its way to a device
 TILE = (
     4 << 20
@@ -50,16 +48,6 @@ class Booked(NamedTuple):
 
     bytes_read: int
     bytes_written: int
-
-
-class _Job(NamedTuple):
-    """A batch of copies that share one read, or a slice of one along its outermost axis."""
-
-    number: int
-    copies: tuple[Copy, ...]
-    first: int
-    steps: int
-    size: int  # bytes, gaps not counted
 
 
 @dataclass
@@ -101,7 +89,7 @@ def run_plan(
         raise UsageError("threads as a whole number of at least 1", repr(threads))
     ledger = _Ledger()
     workers = min(threads or default_threads(), max(1, len(plan.copies)))
-    queue = _Queue(_jobs(plan))
+    queue = Queue(jobs(plan), volume(plan), workers)
     tile = max(TILE, min(JOB, WINDOW // workers)) if large else TILE
     total = plan.bytes if progress is not None else 0
     before = torch.get_num_threads()
@@ -171,67 +159,22 @@ def _compare(plan: Plan, ledger: _Ledger) -> int:
     return plan.written
 
 
-class _Queue:
-    """Jobs in order, handed out to any thread: neighbours together, so that their reads can be one."""
-
-    def __init__(self, jobs: Iterator[_Job]) -> None:
-        self._jobs = jobs
-        self._next = next(jobs, None)
-        self._lock = threading.Lock()
-
-    def take(self) -> list[_Job]:
-        """The next jobs, at most `JOB` bytes or one that is larger; none when all are taken."""
-        group: list[_Job] = []
-        with self._lock:
-            size = 0
-            while self._next is not None and (not group or size + self._next.size <= JOB):
-                group.append(self._next)
-                size += self._next.size
-                self._next = next(self._jobs, None)
-        return group
-
-
-def _jobs(plan: Plan) -> Iterator[_Job]:
-    number = 0
-    for batch in plan.batches():
-        pattern = plan.patterns[batch[0].pattern]
-        itemsize = plan.itemsize(batch[0])
-        if not pattern.sizes:
-            yield _Job(number, batch, 0, 1, itemsize)
-            number += 1
-            continue
-        coding = plan.parts[batch[0].source].coding
-        if coding >= 0:
-            for first, steps in coded_jobs(plan.codings[coding], batch[0].at, *pattern[:2]):
-                yield _Job(number, batch, first, steps, steps * prod(pattern.sizes[1:]))
-                number += 1
-            continue
-        outer, rows, _ = spans(*pattern[:2], itemsize)
-        inner = max(1, prod(pattern.sizes[1:]) * itemsize)
-        step = even(pattern.sizes[0], JOB // inner, LINE // itemsize)
-        if rows and outer == 0:
-            step = max(rows, step // rows * rows)
-        for first in range(0, pattern.sizes[0], step):
-            steps = min(step, pattern.sizes[0] - first)
-            yield _Job(number, batch, first, steps, steps * inner)
-            number += 1
-
-
 def _work(
     plan: Plan,
     tensors: Mapping[str, torch.Tensor],
     memory: Mapping[str, torch.Tensor],
     files: Files,
-    queue: _Queue,
+    queue: Queue,
     ledger: _Ledger,
     tile: int,
 ) -> None:
     torch.set_num_threads(1)  # this thread is one of ours: ATen must not start a second pool below it
     worker = _Worker(plan, tensors, memory, files, tile)
-    while not ledger.stop.is_set():
-        jobs = queue.take()
-        if not jobs:
-            return
+    ahead = queue.take()
+    worker.announce(ahead)
+    while ahead and not ledger.stop.is_set():
+        jobs, ahead = ahead, queue.take()
+        worker.announce(ahead)  # a disk fetches them while these are moved
         try:
             read, written = worker.run(jobs)
         except BaseException as error:
@@ -243,12 +186,38 @@ def _work(
 
 
 class _Landing(NamedTuple):
-    """Where one copy of a job goes: its tensor, the first element in storage, and a stride per axis of the pattern."""
+    """Where one copy of a job goes: its tensor, the first element in storage, and a stride per axis of the pattern.
+
+    `dtype` is the tensor's where it lies on the CPU, else "".
+    """
 
     target: int
     tensor: torch.Tensor
     offset: int
     strides: tuple[int, ...]
+    dtype: str
+
+
+class _Blocks(NamedTuple):
+    """What lies in one piece in a file and in storage: axes before `outer` are loops of reads, each of which fills
+    blocks of `size` bytes at `places` (elements, from the first)."""
+
+    outer: int
+    size: int
+    places: tuple[int, ...]
+
+
+@lru_cache(maxsize=64)
+def _blocks(
+    sizes: tuple[int, ...], steps: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+) -> _Blocks | None:
+    """How a box is read into its place; None where that would be runs too short to be reads of their own."""
+    how, run = spans(sizes, steps, itemsize), contiguous_from(sizes, strides)
+    if how.rows or (itemsize * prod(sizes[run:]) < GAP and run > how.outer):
+        return None
+    inner = max(run, how.outer)
+    found = places(sizes[how.outer : inner], strides[how.outer : inner])
+    return _Blocks(how.outer, itemsize * prod(sizes[inner:]), tuple(found))
 
 
 class _Worker:
@@ -267,38 +236,52 @@ class _Worker:
         self._scratch, self._cast = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
         self._view = raw(self._scratch)
         self._bytes: dict[int, memoryview] = {}
+        self._known: dict[tuple[int, int], tuple[_Landing, tuple[int, ...]]] = {}
         self._decoder = Decoder(files.get)
         self._due: tuple[SourceFile, int, int, list[memoryview]] | None = (
             None  # a file's run, and where it goes
         )
 
-    def run(self, jobs: Sequence[_Job]) -> tuple[int, dict[int, int]]:
+    def run(self, jobs: Sequence[Job]) -> tuple[int, dict[int, int]]:
         """Do jobs; the bytes read, and the elements written by target."""
-        if self._limit > TILE:
-            self._announce(jobs)
         written: dict[int, int] = {}
         read = sum(self._run(job, written) for job in jobs)
         return read + self._read_due(), written
 
-    def _announce(self, jobs: Sequence[_Job]) -> None:
-        """Ask for the bytes of jobs that are whole runs of one file, neighbours in one word."""
-        runs: list[tuple[str, int, int]] = []
-        for job in jobs:
-            copy = job.copies[0]
-            part, (sizes, steps, _) = self._plan.parts[copy.source], self._plan.patterns[copy.pattern]
-            if (
-                not part.file
-                or part.coding >= 0
-                or not sizes
-                or spans(sizes, steps, self._plan.itemsize(copy))[:2] != (0, 0)
-            ):
-                continue
-            begin = part.begin + (copy.at + job.first * steps[0]) * self._plan.itemsize(copy)
-            runs.append((part.file, begin, begin + job.size))
-        for file, begin, end in merged(runs):
-            self._files.get(file).announce(begin, end - begin)
+    def announce(self, jobs: Sequence[Job]) -> None:
+        """Ask for the bytes of jobs that are whole runs of one file, neighbours in one word.
 
-    def _run(self, job: _Job, written: dict[int, int]) -> int:
+        On a local disk only where they are not in memory: the last of them tells, since a reader before it may have
+        brought the first.
+        """
+        last = self._run_of(jobs[-1]) if jobs else None
+        if last is None:
+            return
+        with suppress(RestowError):  # whoever reads it raises that, in its turn
+            if self._limit == TILE and self._files.get(last[0]).at_hand(last[2] - 1):
+                return
+            for file, begin, end in merged([run for job in jobs if (run := self._run_of(job)) is not None]):
+                self._files.get(file).announce(begin, end - begin)
+
+    def _run_of(self, job: Job) -> tuple[str, int, int] | None:
+        """The bytes of a job as (file, begin, end), codes without their scales; None where they are not one run."""
+        copy = job.copies[0]
+        part, (sizes, steps, _) = self._plan.parts[copy.source], self._plan.patterns[copy.pattern]
+        if not part.file or not sizes or not job.size:
+            return None
+        itemsize, at, sizes = (
+            self._plan.itemsize(copy),
+            copy.at + job.first * steps[0],
+            (job.steps, *sizes[1:]),
+        )
+        if part.coding >= 0:
+            at, sizes, steps = byte_box(self._plan.codings[part.coding].bits, at, sizes, steps)[:3]
+        if spans(sizes, steps, itemsize)[:2] != (0, 0):
+            return None
+        begin = part.begin + at * itemsize
+        return part.file, begin, begin + prod(sizes) * itemsize
+
+    def _run(self, job: Job, written: dict[int, int]) -> int:
         plan, copy = self._plan, job.copies[0]
         part = plan.parts[copy.source]
         pattern = plan.patterns[copy.pattern]
@@ -307,7 +290,7 @@ class _Worker:
         landings = [self._landing(c, job.first) for c in job.copies]
         if part.coding >= 0:
             scales = [plan.parts[i] for i in part.scales]
-            coding, into = plan.codings[part.coding], [Decoded(*landing[1:]) for landing in landings]
+            coding, into = plan.codings[part.coding], [Decoded(*landing[1:4]) for landing in landings]
             read = self._decoder.run(coding, part, scales, at, sizes, pattern.source, into)
         elif not part.file:
             self._from_memory(part, at, sizes, pattern.source, landings)
@@ -319,13 +302,23 @@ class _Worker:
         return read
 
     def _landing(self, copy: Copy, first: int) -> _Landing:
-        pattern = self._plan.patterns[copy.pattern]
-        tensor = self._tensors[self._plan.targets[copy.target].name]
-        strides = tuple(step * tensor.stride(dim) for dim, step in pattern.target)
-        offset = int(tensor.storage_offset()) + sum(
-            i * stride for i, stride in zip(copy.start, tensor.stride(), strict=True)
-        )
-        return _Landing(copy.target, tensor, offset + (first * strides[0] if strides else 0), strides)
+        """Where a copy begins at step `first`; but for that all copies along one pattern into one tensor are alike."""
+        key = copy.target, copy.pattern
+        if key not in self._known:
+            if len(self._known) == KEPT:
+                self._known.clear()
+            pattern, tensor = (
+                self._plan.patterns[copy.pattern],
+                self._tensors[self._plan.targets[copy.target].name],
+            )
+            dtype = dtype_name(tensor.dtype) if tensor.device.type == "cpu" else ""
+            dims = tuple(tensor.stride())
+            strides = tuple(step * dims[dim] for dim, step in pattern.target)
+            origin = int(tensor.storage_offset())
+            self._known[key] = _Landing(copy.target, tensor, origin, strides, dtype), dims
+        known, dims = self._known[key]
+        moved = dot(copy.start, dims) + (first * known.strides[0] if first else 0)
+        return _Landing(known.target, known.tensor, known.offset + moved, known.strides, known.dtype)
 
     def _from_memory(
         self, part: Part, at: int, sizes: Sequence[int], steps: Sequence[int], landings: Sequence[_Landing]
@@ -346,17 +339,14 @@ class _Worker:
         landings: Sequence[_Landing],
     ) -> int:
         source = self._files.get(part.file)
-        dtype = torch_dtype(part.dtype)
-        itemsize = dtype.itemsize
+        itemsize = torch_dtype(part.dtype).itemsize
         base = part.begin + at * itemsize
+        if len(landings) == 1 and landings[0].dtype == part.dtype:
+            blocks = _blocks(sizes, steps, landings[0].strides, itemsize)
+            if blocks is not None:
+                return self._straight(source, base, sizes, steps, itemsize, blocks, landings[0])
         how = spans(sizes, steps, itemsize)
-        if len(landings) == 1 and dtype_name(landings[0].tensor.dtype) == part.dtype:
-            run = contiguous_from(sizes, landings[0].strides)
-            block = itemsize * prod(sizes[run:])
-            on_cpu = landings[0].tensor.device.type == "cpu"
-            if on_cpu and not how.rows and (block >= GAP or run <= how.outer):
-                return self._straight(source, base, sizes, steps, itemsize, how, run, landings[0])
-        return self._tiled(source, base, sizes, steps, dtype, how, landings)
+        return self._tiled(source, base, sizes, steps, torch_dtype(part.dtype), how, landings)
 
     def _straight(
         self,
@@ -365,23 +355,19 @@ class _Worker:
         sizes: tuple[int, ...],
         steps: tuple[int, ...],
         itemsize: int,
-        how: Spans,
-        run: int,
+        blocks: _Blocks,
         landing: _Landing,
     ) -> int:
         """Runs of the file into runs of the tensor's storage: no buffer in between, one call for what adjoins."""
-        storage = self._storage(landing)
-        outer = how.outer
-        block = itemsize * prod(sizes[max(run, outer) :])
-        scatter = places(sizes[outer : max(run, outer)], landing.strides[outer : max(run, outer)])
+        storage, size = self._storage(landing), blocks.size
         read = 0
-        for index in product(*(range(n) for n in sizes[:outer])):
+        for index in product(*(range(n) for n in sizes[: blocks.outer])):
             offset = base + itemsize * dot(index, steps)
             to = landing.offset + dot(index, landing.strides)
-            for first in range(0, len(scatter), 1024):
-                begins = [(to + place) * itemsize for place in scatter[first : first + 1024]]
-                buffers = [storage[begin : begin + block] for begin in begins]
-                read += self._read_soon(source, offset + first * block, len(buffers) * block, buffers)
+            for first in range(0, len(blocks.places), 1024):
+                begins = [(to + place) * itemsize for place in blocks.places[first : first + 1024]]
+                buffers = [storage[begin : begin + size] for begin in begins]
+                read += self._read_soon(source, offset + first * size, len(buffers) * size, buffers)
         return read
 
     def _read_soon(self, source: SourceFile, begin: int, size: int, buffers: list[memoryview]) -> int:

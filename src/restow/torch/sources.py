@@ -20,6 +20,8 @@ class Files:
         self._lock = threading.Lock()
 
     def get(self, name: str) -> SourceFile:
+        if name in self._open:
+            return self._open[name]
         with self._lock:
             if name not in self._open:
                 source = self._stack.enter_context(open_source(Path(self._root or "") / name))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 from math import prod
+from operator import mul
 
 import torch
 
@@ -70,4 +71,4 @@ def places(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
 
 
 def dot(index: Sequence[int], steps: Sequence[int]) -> int:
-    return sum(i * step for i, step in zip(index, steps, strict=False))
+    return sum(map(mul, index, steps))

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
-from restow.torch.transpose import copy_transposed
+from restow.torch.transpose import LINE, copy_transposed
 
 Axes = list[tuple[int, int, int]]  # (size, source stride, destination stride), slowest in the source first
 
@@ -33,26 +32,17 @@ def move(dst: torch.Tensor, src: torch.Tensor) -> None:
     for at, to in offsets(outer):
         tile = src.as_strided((rows[0], cols[0]), (rows[1], cols[1]), src.storage_offset() + at)
         into = dst.as_strided((rows[0], cols[0]), (rows[2], cols[2]), dst.storage_offset() + to)
-        copy_transposed(into, tile if tile.is_contiguous() else _contiguous(tile))
+        copy_transposed(into, tile)
 
 
-def _contiguous(tile: torch.Tensor) -> torch.Tensor:
-    """A small tile packed by this thread alone: a pool of threads costs more than it brings where cores are busy."""
-    bits = tile.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tile.element_size()])
-    return torch.from_numpy(np.ascontiguousarray(bits.numpy())).view(tile.dtype)
-
-
-def column_blocks(
-    matrix: torch.Tensor, other: torch.Tensor, limit: int = 1 << 20, even: int = 1
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Two matrices of one shape in like blocks: whole ones, or where rows of the first do not lie in memory one element
-    after another but columns do, runs of columns (in multiples of `even`) that stay in the cache."""
+def strips(matrix: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+    """A matrix cut into runs of rows of about `limit` bytes, in whole cache lines of a column where columns are
+    what lies in memory."""
     rows, cols = matrix.shape
-    step = cols
-    if matrix.stride(0) == 1 and matrix.stride(1) != 1:
-        step = max(even, limit // max(1, rows * matrix.element_size()) // even * even)
-    for first in range(0, cols, max(1, step)):
-        yield matrix[:, first : first + step], other[:, first : first + step]
+    line = LINE // matrix.element_size()
+    step = max(line, limit // max(1, cols * matrix.element_size()) // line * line)
+    for first in range(0, rows, step):
+        yield matrix[first : first + step]
 
 
 def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:

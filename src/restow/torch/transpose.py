@@ -1,4 +1,4 @@
-"""Exact transposed copies on the CPU: a contiguous tile into a view whose first dim is contiguous.
+"""Exact transposed copies on the CPU: a tile of contiguous rows into a view whose first dim is contiguous.
 
 Bits are moved, never computed on: elements travel as integers of their own width, or as floats that no
 arithmetic touches, so NaN payloads, signed zeros and subnormals survive. Three kernels, best first:
@@ -12,7 +12,7 @@ arithmetic touches, so NaN payloads, signed zeros and subnormals survive. Three 
 
 A kernel is used only after it moved test patterns exactly and beat `plain` once in this process. Rejected:
 tensors off the CPU, elements that are not 1, 2, 4 or 8 bytes wide, tensors of two shapes or dtypes, a source
-that is not contiguous. The two tensors must not overlap.
+whose rows are not contiguous. The two tensors must not overlap.
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ import functools
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 
-__all__ = ["Kernel", "copy_transposed", "kernel_for", "tile_shape"]
+__all__ = ["Kernel", "bits", "copy_transposed", "kernel_for", "tile_shape", "turn"]
 
 Name = Literal["simd", "shuffle", "plain"]
-Kernel = Callable[[torch.Tensor, torch.Tensor], None]  # (out [cols, rows], rows contiguous; src [rows, cols])
+Array = np.ndarray[Any, Any]
+Kernel = Callable[[Array, Array], None]  # (out [cols, rows], src [rows, cols]), rows of both contiguous
 
 TILE_BYTES: Final = 1 << 20  # half of a common second-level cache
 LINE: Final = 64  # bytes of a cache line: fewer rows than that write each destination line more than once
-COLUMNS: Final = 512  # per direct call: lines that a pass over 16 rows wrote in part are at hand for the next
+COLUMNS: Final = (
+    512  # per direct call beyond a cache: lines that a pass over 16 rows wrote in part are at hand
+)
 ALIAS: Final = 2048  # row strides of whole multiples of this fall on one or two sets of a first-level cache
 SPAN: Final = 1 << 18  # bytes of the temporary that such strides are written through
 SHUFFLE_BYTES: Final = 1 << 19  # the shuffle's temporary beside its source: both stay in the second level
@@ -55,17 +59,40 @@ def copy_transposed(dst: torch.Tensor, src: torch.Tensor, *, kernel: Name | None
     if dst.shape != src.shape or src.dim() not in (2, 3) or dst.dtype != src.dtype:
         found = f"{dst.dtype} {tuple(dst.shape)} and {src.dtype} {tuple(src.shape)}"
         raise ValueError(f"expected two tiles of one dtype and shape ([n,] rows, cols), found {found}")
-    if src.element_size() not in _INTS or not src.is_contiguous():
-        raise ValueError(f"expected a contiguous source, 1 to 8 bytes wide, found {src.dtype} {src.stride()}")
+    if src.element_size() not in _INTS or not _rows_contiguous(src):
+        raise ValueError(f"expected contiguous rows, 1 to 8 bytes wide, found {src.dtype} {src.stride()}")
     width = src.element_size()
-    into, tile = dst.detach().view(_INTS[width]), src.detach().view(_INTS[width])
-    if min(tile.shape[-2:]) <= 1 or into.stride(-2) != 1 or into.stride(-1) < tile.shape[-2]:
-        into.copy_(tile)
+    if min(src.shape[-2:]) <= 1 or dst.stride(-2) != 1 or dst.stride(-1) < src.shape[-2]:
+        dst.detach().view(_INTS[width]).copy_(src.detach().view(_INTS[width]))
         return
     move = kernel_for(width) if kernel is None else _named(kernel, width)
-    outs = into.transpose(-1, -2)
-    for out, one in zip(outs, tile, strict=True) if tile.dim() == 3 else ((outs, tile),):
+    outs, tile = bits(dst).swapaxes(-1, -2), bits(src)
+    for out, one in zip(outs, tile, strict=True) if tile.ndim == 3 else ((outs, tile),):
         move(out, one)
+
+
+def turn(out: Array, src: Array) -> None:
+    """`out[:] = src.T` of arrays of whole numbers whose rows are contiguous.
+
+    Arrays, so that a loop over small tiles gives the interpreter lock away only where something is to be moved: every
+    view that torch makes does so too, and threads that do this with each other wait more than they work.
+    """
+    if min(src.shape) <= 1:
+        np.copyto(out, src.T)
+    else:
+        kernel_for(src.itemsize)(out, src)
+
+
+def bits(tensor: torch.Tensor) -> Array:
+    """A CPU tensor's elements as whole numbers of their width, in its own storage."""
+    whole: Array = tensor.detach().view(_INTS[tensor.element_size()]).numpy()
+    return whole
+
+
+def _rows_contiguous(src: torch.Tensor) -> bool:
+    """Whether the elements of each row adjoin and no two rows share any."""
+    rows, cols = src.shape[-2:]
+    return (cols <= 1 or src.stride(-1) == 1) and (rows <= 1 or src.stride(-2) >= cols)
 
 
 def tile_shape(itemsize: int, rows: int, cols: int, limit: int = TILE_BYTES) -> tuple[int, int]:
@@ -101,38 +128,47 @@ def is_exact(kernel: Kernel, width: int) -> bool:
     """Whether `kernel` moves tiles of many remainders bit for bit and leaves the memory around them alone."""
     shapes = ((2, 2), (3, 5), (7, 4), (16, 16), (17, 33), (48, 67), (65, 31), (64, COLUMNS + 9))
     for rows, cols in shapes:
-        src = _noise(width, rows * cols + 1)[1:].view(rows, cols)
-        for ld in (rows + 3, ALIAS // width):
-            found, wanted = (_noise(width, cols * ld + 1)[1:].view(cols, ld) for _ in range(2))
-            wanted[:, 1 : rows + 1].copy_(src.t())
+        for ld, src in product((rows + 3, ALIAS // width), _tiles(width, rows, cols)):
+            found, wanted = (_noise(width, cols * ld + 1)[1:].reshape(cols, ld) for _ in range(2))
+            wanted[:, 1 : rows + 1] = src.T
             try:
                 kernel(found[:, 1 : rows + 1], src)
             except (AttributeError, RuntimeError, TypeError, ValueError):
                 return False
-            if not torch.equal(found, wanted):
+            if not np.array_equal(found, wanted):
                 return False
     return True
 
 
-def plain(out: torch.Tensor, src: torch.Tensor) -> None:
+def _tiles(width: int, rows: int, cols: int) -> tuple[Array, Array]:
+    """Two tiles that are not aligned: one in one piece, one whose rows lie apart."""
+    return (
+        _noise(width, rows * cols + 1)[1:].reshape(rows, cols),
+        _noise(width, rows * (cols + 5)).reshape(rows, cols + 5)[:, 2:-3],
+    )
+
+
+def plain(out: Array, src: Array) -> None:
     """Blocks of rows through a temporary: ATen's transpose needs a contiguous target to be fast."""
-    for r in range(0, src.shape[0], PLAIN_ROWS):
-        block = src[r : r + PLAIN_ROWS]
-        out[:, r : r + block.shape[0]].copy_(block.t().contiguous())
+    into, tile = torch.from_numpy(out), torch.from_numpy(src)
+    for r in range(0, tile.shape[0], PLAIN_ROWS):
+        block = tile[r : r + PLAIN_ROWS]
+        into[:, r : r + block.shape[0]].copy_(block.t().contiguous())
 
 
-def shuffle(out: torch.Tensor, src: torch.Tensor) -> None:
+def shuffle(out: Array, src: Array) -> None:
     """Blocks of rows through `native_channel_shuffle`; 16-bit elements go as pairs, split on the way out."""
-    width, even = src.element_size(), src.shape[1] // 2 * 2
-    step = max(1, SHUFFLE_BYTES // (src.shape[1] * width))
-    for r in range(0, src.shape[0], step):
-        block, part = src[r : r + step], out[:, r : r + step]
+    into, tile = torch.from_numpy(out), torch.from_numpy(src)
+    width, even = tile.element_size(), tile.shape[1] // 2 * 2
+    step = max(1, SHUFFLE_BYTES // (tile.shape[1] * width))
+    for r in range(0, tile.shape[0], step):
+        block, part = tile[r : r + step], into[:, r : r + step]
         if width != 2:
-            part.copy_(_shuffled(block.view(torch.float32) if width == 4 else block).view(src.dtype))
+            part.copy_(_shuffled(block.view(torch.float32) if width == 4 else block).view(tile.dtype))
             continue
         part[even:].copy_(block[:, even:].t())  # the last of an odd number of columns has no partner
         block = block[:, :even]
-        if block.storage_offset() % 2 or not block.is_contiguous():
+        if block.storage_offset() % 2 or block.data_ptr() % 4 or not block.is_contiguous():
             block = block.clone(memory_format=torch.contiguous_format)
         pairs = _shuffled(block.view(torch.float32)).view(torch.int32)
         part[0:even:2].copy_(pairs)  # narrowing keeps the low half: the even columns
@@ -164,35 +200,38 @@ def _simd(width: int) -> Kernel | None:
     long, pointer = ctypes.c_int64, ctypes.c_void_p
     entry.argtypes, entry.restype = (long, long, pointer, long, pointer, long), None
 
-    def simd(out: torch.Tensor, src: torch.Tensor) -> None:
+    def simd(out: Array, src: Array) -> None:
         rows, cols = src.shape
-        ld, read, write = out.stride(0), src.data_ptr(), out.data_ptr()
-        if ld * width % ALIAS:
-            for c in range(0, cols, COLUMNS):  # the interpreter lock is free during each call
-                entry(rows, min(COLUMNS, cols - c), read + c * width, cols, write + c * ld * width, ld)
+        ld, ahead, read, write = (
+            out.strides[0] // width, src.strides[0] // width, src.ctypes.data, out.ctypes.data
+        )  # fmt: skip
+        size = ld * width * cols
+        if ld * width % ALIAS or size <= SPAN:
+            wide = cols if size <= TILE_BYTES else COLUMNS
+            for c in range(0, cols, wide):  # the interpreter lock is free during each call
+                entry(rows, min(wide, cols - c), read + c * width, ahead, write + c * ld * width, ld)
             return
         step = min(cols, max(LINE, SPAN // (rows * width)))
         padded = rows + LINE // width  # so that the temporary's own stride does not alias
-        span = torch.empty(step, padded, dtype=src.dtype, device="cpu")
-        whole, part = out.numpy(), span.numpy()[:, :rows]  # numpy calls in no threads of its own, torch would
+        span = np.empty((step, padded), src.dtype)
         for c in range(0, cols, step):
             n = min(step, cols - c)
-            entry(rows, n, read + c * width, cols, span.data_ptr(), padded)
-            np.copyto(whole[c : c + n], part[:n])
+            entry(rows, n, read + c * width, ahead, span.ctypes.data, padded)
+            np.copyto(out[c : c + n], span[:n, :rows])  # in no threads of its own, as torch's copy would be
 
     return simd
 
 
-def _noise(width: int, count: int) -> torch.Tensor:
+def _noise(width: int, count: int) -> Array:
     """Bits that look random and are the same every time; the caller's random state is left alone."""
-    bits = np.random.default_rng(count).integers(0, 256, count * width, dtype=np.uint8)
-    return torch.from_numpy(bits).view(_INTS[width])
+    noise: Array = np.random.default_rng(count).integers(0, 256, count * width, dtype=np.uint8)
+    return noise.view(f"i{width}" if width > 1 else "u1")
 
 
 def _seconds(kernel: Kernel, width: int) -> float:
     """The best of some runs over a tile just too small for torch to call its other threads in."""
-    src = _noise(width, 62 * 528).view(62, 528)
-    out, best = torch.empty(src.shape[1], 96, dtype=src.dtype, device="cpu"), float("inf")
+    src = _noise(width, 62 * 528).reshape(62, 528)
+    out, best = np.empty((src.shape[1], 96), src.dtype), float("inf")
     for _ in range(7):
         start = time.perf_counter()
         kernel(out[:, :62], src)
