@@ -14,9 +14,9 @@ compared on the device with their own formula. Collectives raise while a load wi
 forward goes through the loaded experts by all-to-all, against the same experts made from the formula. The first
 mesh's state is saved by all ranks and that save is loaded on the second. Peers, on the first mesh and in the same
 run: torch DCP's Hugging Face reader into strided views, 4 threads; `safe_open` per rank, a tensor at a time. Limits:
-one rank loading alone, times N; reading the page cache into pinned memory on all ranks at once.
-Exits 1 if a bar is missed. Streaming the state as an RL step would is not part of
-it: there is no `restow.stream` yet. NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
+one rank loading alone, times N; reading the page cache into pinned memory on all ranks at once. Exits 1 if a bar is
+missed. Streaming the state as an RL step would is not part of it: there is no `restow.stream` yet. NVLink multicast
+stays off (NCCL_NVLS_ENABLE=0).
 """
 
 from __future__ import annotations
@@ -443,20 +443,12 @@ def main(words: argparse.Namespace) -> int:
                      "yes" if good else "NO"])  # fmt: skip
     took = statistics.median(timed(lambda: restow.open(source), device) for _ in range(3))
     rows.append(["open on all ranks", f"{took:.3f}", "", "", "", "", "", ""])
-    opened, alone = restow.open(source), [0.0]
-
-    def one_by_itself() -> None:
-        if rank == 0:
-            start = time.perf_counter()
-            restow.load(opened, state, threads=words.threads)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            alone[0] = time.perf_counter() - start
-
-    timed(one_by_itself, device)
-    single = (
-        sum(local(t).nbytes for t in state.values()) / everywhere(alone[0], device, dist.ReduceOp.MAX) / 1e9
+    opened = restow.open(source)
+    alone = statistics.median(
+        timed(lambda: restow.load(opened, state, threads=words.threads) if rank == 0 else None, device)
+        for _ in range(3)
     )
+    single = sum(local(t).nbytes for t in state.values()) / alone / 1e9
     took = statistics.median(timed(lambda: cache_to_host(source, device, rank), device) for _ in range(3))
     rows.append(["one rank alone", "", f"{single:.2f}", f"{single:.2f}", "", "", "", ""])
     rows.append(["page cache to host memory, all ranks", f"{took:.3f}", f"{total / took / 1e9:.2f}",
