@@ -6,6 +6,7 @@ Nothing here touches an element. It rejects nothing: sizes, strides and steps co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 from math import prod
 from operator import mul
@@ -18,18 +19,27 @@ from restow.torch.transpose import LINE
 
 def real_places(source: torch.Tensor, at: int, steps: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """Where row-major element `at` of a tensor lies in its storage, and the real stride of each row-major step."""
-    shape = source.shape
-    row_major = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    shape, real = source.shape, source.stride()
+    row_major, strides = _real_steps(shape, real, tuple(steps))
     offset = int(source.storage_offset())
-    for size, whole_step, stride in zip(shape, row_major, source.stride(), strict=True):
+    for size, whole_step, stride in zip(shape, row_major, real, strict=True):
         offset += at // whole_step % max(1, size) * stride
+    return offset, strides
+
+
+@lru_cache(1024)  # the leaves of a state are alike
+def _real_steps(
+    shape: tuple[int, ...], real: tuple[int, ...], steps: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The row-major strides of a shape, and the real stride of each row-major step."""
+    row_major = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
     strides = []
     for step in steps:
         dim = next(
             i for i, whole in enumerate(row_major) if step >= whole and step % whole == 0 and shape[i] > 1
         )
-        strides.append(step // row_major[dim] * source.stride(dim))
-    return offset, tuple(strides)
+        strides.append(step // row_major[dim] * real[dim])
+    return row_major, tuple(strides)
 
 
 def contiguous_from(sizes: Sequence[int], strides: Sequence[int]) -> int:
