@@ -118,6 +118,11 @@ def painted(state: dict[str, torch.Tensor]) -> bool:
     return all(bool((t == 7.5).all()) for t in state.values() if t.is_floating_point())
 
 
+def placed(error: RestowError, root: Path) -> bool:
+    """Whether an error says where, by a path in what was opened or the folder itself, and what to do."""
+    return error.path is not None and Path(error.path).is_relative_to(root) and bool(error.hint)
+
+
 def all_of(error: BaseException) -> str:
     return f"{type(error).__name__} {error}"
 
@@ -151,10 +156,12 @@ def test_open(case: Case, tmp_path: Path) -> None:
         assert fatal
         assert isinstance(error, kind)
         assert all(part in str(error) for part in holds)
+        assert placed(error, path), error
     else:
         if case.id in DATA:
             assert not found.problems
             return
+        assert all(placed(p.error, path) for p in found.problems), found.problems
         told = [p for p in found.problems if isinstance(p.error, kind)]
         assert told, [all_of(p.error) for p in found.problems]
         assert all(part in str(told[0].error) for part in holds)

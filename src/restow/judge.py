@@ -131,5 +131,6 @@ def _dtypes(found: Checkpoint, dtypes: Mapping[str, str]) -> Iterator[Problem]:
             f"{dtype} in {len(mixed)} tensors" if len(mixed) > 1 else dtype,
             tensor=name,
             sections=[("tensors", (f"{show(n)} {other}, among {most}" for n, other, most in mixed))],
+            hint="get the file again if this is no choice of who wrote it; the values are read as they are",
         )
         yield Problem(error, False)

@@ -20,6 +20,7 @@ from restow.judge import judge
 from restow.known import FAMILIES
 from restow.landing import layout_of
 from restow.layout import Layout
+from restow.located import located
 from restow.problems import Problem
 from restow.stated import stated_layout
 
@@ -82,7 +83,8 @@ def read_as(
         problems.append(Problem(error, True))
         found = survey(folder.tensors, family=known, config=None, problems=tuple(problems), **shared)
     dtypes = {n: d for header in folder.headers for n, d in zip(header.names, header.dtypes, strict=True)}
-    return replace(found, problems=(*found.problems, *judge(found, dtypes)))
+    told = (*found.problems, *judge(found, dtypes))
+    return replace(found, problems=tuple(located(problem, found, folder.root) for problem in told))
 
 
 def by_config(config: Mapping[str, Any] | None, root: str) -> tuple[Family | None, RestowError | None]:
