@@ -5,9 +5,9 @@ Findings are made from names, shapes and the config, by modules that know no fil
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from copy import copy
+from pathlib import Path
 
 from restow.checkpoint import Checkpoint
 from restow.errors import MissingTensorError, RestowError, show
@@ -17,13 +17,13 @@ from restow.problems import Problem
 def located(problem: Problem, found: Checkpoint, root: str) -> Problem:
     """The finding with a path below `root`; one that has a whole path already is returned as it is."""
     path = problem.error.path
-    if path is not None and (path == root or os.path.dirname(path)):
+    if path is not None and (path == root or Path(path).name != path):
         return problem
     error = copy(problem.error)
     files = sorted(set(_files(error, found)))
     if path is None:
         path = files[0] if len(files) == 1 else ""
-    error.path = os.path.join(root, path) if path else root
+    error.path = str(Path(root) / path) if path else root
     if isinstance(error, MissingTensorError) and (beside := _beside(error, found)):
         error.sections = (*error.sections, ("looked in", tuple(map(show, beside))))
     return Problem(error, problem.fatal)
@@ -31,7 +31,10 @@ def located(problem: Problem, found: Checkpoint, root: str) -> Problem:
 
 def _files(error: RestowError, found: Checkpoint) -> Iterator[str]:
     """The files of the tensors that an error names, at the beginning of its lines."""
-    for name in (error.tensor, *(line.partition(" ")[0] for _, body in error.sections for line in body)):
+    for name in (
+        error.tensor or "",
+        *(line.partition(" ")[0] for _, body in error.sections for line in body),
+    ):
         if name in found.tensors:
             yield from (piece.file for piece in found.tensors[name].pieces)
 
