@@ -57,7 +57,8 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "MissingShardError",
         "expected a folder or a safetensors file, found no file\n"
         "  in        {at}/nowhere\n"
-        "  try       download it again, or check the path",
+        "  try       check the path; restow fetches nothing: for a repository of the hub, hf download does, "
+        "and prints the path",
     ),
     "an empty folder": (
         lambda at: restow.open(at),

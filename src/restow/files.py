@@ -27,6 +27,7 @@ from restow.errors import (
 
 IOV_MAX = 1024  # buffers that one preadv takes
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+ABSENT = "no file"  # found where a path leads nowhere
 _LOOK = "look at what lies under this name, and put the file there"
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -173,7 +174,7 @@ def _refuse_open(error: OSError, path: str, what: str, refuse: type[RestowError]
         dangling = error.errno == errno.ENOENT and Path(path).is_symlink()
         raise MissingShardError(
             what,
-            "a link that leads nowhere" if dangling else "no file",
+            "a link that leads nowhere" if dangling else ABSENT,
             path=path,
             hint="download it again: the cache it links to was pruned"
             if dangling

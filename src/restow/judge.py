@@ -47,6 +47,14 @@ def judge(found: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Problem, ...]:
     return tuple(problems)
 
 
+def undecodable(found: Checkpoint) -> list[RestowError]:
+    """The fatal findings that leave coded weights without values: about codes and scales, or what announces them."""
+    fatal = [problem.error for problem in found.problems if problem.fatal]
+    if found.codec is None and found.config is not None and announced(found.config) is not None:
+        return fatal
+    return [error for error in fatal if isinstance(error, QuantizationError)]
+
+
 def _no_experts(found: Checkpoint, family: Family) -> MissingTensorError:
     hub = family.spellings[0]
     wanted = (f"{hub.container}.{''.join(map(str, row.name))}" for row in hub.layout.rows)
