@@ -183,3 +183,17 @@ def test_formats_and_bases_that_nobody_knows(tmp_path: Path) -> None:
         restow.lora.convert(source, tmp_path / "b", to="peft")
     restow.lora.convert(source, tmp_path / "b", to="peft", family="qwen3_moe")
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["r"] == 2
+
+
+@pytest.mark.parametrize("text", [b'{"moe_rank_scaling": tr', b"\xff\xfe", b"[" * 100_000])
+def test_a_config_beside_the_config_that_is_none(text: bytes, tmp_path: Path) -> None:
+    """What NeMo writes beside it is judged as it is; the other keys of a damaged file are not guessed."""
+    source = adapters.write(tmp_path / "a", good(), r=2, lora_alpha=4, target_modules=["q_proj", "gate_proj"])
+    (source / "automodel_peft_config.json").write_bytes(text)
+    with pytest.raises(AdapterError) as caught:
+        restow.lora.convert(source, tmp_path / "out", to="peft", base=adapters.base("qwen3_moe"))
+    assert str(caught.value) == (
+        f"expected a config of strict JSON, found {caught.value.found}\n"
+        f"  in        {source}/automodel_peft_config.json\n"
+        "  try       get the config that belongs to this adapter"
+    )

@@ -130,7 +130,7 @@ def open_source(
     try:
         fd = os.open(name, _FLAGS)
     except ValueError:  # a NUL inside the name
-        raise UnsafePathError(what, "a path that holds a NUL character", path=name) from None
+        raise UnsafePathError(what, "a path that holds a NUL character", path=name, hint=_LOOK) from None
     except OSError as error:
         _refuse_open(error, name, what, refuse)
     try:
@@ -191,4 +191,7 @@ def _refuse_os(error: OSError, path: str) -> NoReturn:
         raise DestinationError(
             "to open a file more", code, path=path, hint="raise the limit of open files (ulimit -n)"
         ) from error
-    raise MissingShardError("a file that can be read", f"{code} from the system", path=path) from error
+    hint = "look at its rights, and at the disk it lies on"
+    raise MissingShardError(
+        "a file that can be read", f"{code} from the system", path=path, hint=hint
+    ) from error
