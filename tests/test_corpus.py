@@ -277,8 +277,9 @@ def test_convert(case: Case, tmp_path: Path) -> None:
     assert not fatal
     text = "\n".join(report.warnings)
     assert all(part in text for part in holds if not part.startswith("2 other"))
-    with pytest.raises(kind):
+    with pytest.raises(kind) as caught:
         restow.convert(path, tmp_path / "strict", to="grouped", strict=True)
+    assert placed(caught.value, path), caught.value
     assert not (tmp_path / "strict").exists()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -297,9 +298,11 @@ def test_verify(case: Case, tmp_path: Path) -> None:
         assert fatal
         assert isinstance(error, kind), all_of(error)
         assert all(part in str(error) for part in holds)
+        assert placed(error, path), error
     else:
         assert not fatal or case.id in NO_CONFIG
         assert any(isinstance(p.error, kind) for p in report.problems), report
+        assert all(placed(p.error, path) for p in report.problems), report
         text = str(report)
         assert all(part in text for part in holds)
         if not fatal:

@@ -35,8 +35,9 @@ def _files(error: RestowError, found: Checkpoint) -> Iterator[str]:
         error.tensor or "",
         *(line.partition(" ")[0] for _, body in error.sections for line in body),
     ):
-        if name in found.tensors:
-            yield from (piece.file for piece in found.tensors[name].pieces)
+        held = name if name in found.tensors else name.removesuffix(":")
+        if held in found.tensors:
+            yield from (piece.file for piece in found.tensors[held].pieces)
 
 
 def _beside(error: RestowError, found: Checkpoint) -> list[str]:
