@@ -21,6 +21,7 @@ from restow.find import Module
 from restow.known import FAMILIES
 from restow.layout import shape_of
 from restow.opening import family_of, open_checkpoint
+from restow.problems import merged
 
 BaseLike = str | os.PathLike[str] | Checkpoint
 
@@ -153,6 +154,8 @@ def base_of(base: BaseLike | Base | None, family: str | Family | None, hint: obj
         base = open_checkpoint(base, family=known)
     family_ = known or base.family
     if family_ is None:
+        if fatal := [problem.error for problem in base.problems if problem.fatal]:
+            raise merged(fatal)
         hint = "say family= (--family) if it stores its experts as a known one does"
         raise UnsupportedFamilyError(
             "a base of a family that restow knows", "another", path=base.path, hint=hint

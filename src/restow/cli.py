@@ -265,16 +265,22 @@ def merge(
     outer: OuterOption = "out",
     expert_major: OrderOption = None,
     replace: ReplaceOption = False,
+    strict: StrictOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> Answer:
     """Write a base plus an adapter's deltas, in the base's own layout, files and precision."""
     from restow.answers import adapted
+    from restow.opening import open_checkpoint
+    from restow.planning import refuse
+
+    opened = open_checkpoint(base, family=family)
+    refuse(opened, strict)  # before torch is imported
     from restow.torch.adapter_merge import merge as do
 
     return adapted(
         do(
-            base,
+            opened,
             adapter,
             target,
             family=family,
@@ -282,6 +288,7 @@ def merge(
             outer=outer,
             expert_major=expert_major,
             replace=replace,
+            strict=strict,
         )
     )
 
