@@ -259,6 +259,28 @@ def test_a_checkpoint_in_dcps_own_format(tmp_path: Path) -> None:
     )
 
 
+def test_a_repository_of_the_hubs_cache(tmp_path: Path) -> None:
+    """Its files are links into blobs, below a snapshot; those work, and the folder above says where they are."""
+    root, snapshot = (
+        tmp_path / "models--org--my model",
+        tmp_path / "models--org--my model" / "snapshots" / "abc",
+    )
+    write(root / "blobs", good())
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted((root / "blobs").iterdir())):
+        (snapshot / file.name).symlink_to(f"../../blobs/{i:064x}")
+        file.rename(file.with_name(f"{i:064x}"))
+    opened = open_folder(snapshot)
+    assert len(opened.tensors) == 93 and opened.config == CONFIG and not opened.problems
+    with pytest.raises(errors.MissingShardError) as caught:
+        open_folder(root)
+    assert str(caught.value) == (
+        "expected safetensors files, found none in this folder\n"
+        f"  in        {root}\n"
+        "  try       this is a repository in the hub's cache: open the folder below its snapshots"
+    )
+
+
 def test_nothing_to_open(tmp_path: Path) -> None:
     with pytest.raises(errors.MissingShardError, match="none in this folder"):
         open_folder(tmp_path)

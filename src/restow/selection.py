@@ -219,9 +219,10 @@ def _nothing(root: str, names: list[str]) -> RestowError:
             sections=[("files", map(show, native))],
             hint="load it with torch.distributed.checkpoint where its origin is trusted, and save it with restow.dcp.Writer",
         )
-    return MissingShardError(
-        "safetensors files", "none in this folder", path=root, hint="check the path; fetch the weights"
-    )
+    hint = "check the path; fetch the weights"
+    if "snapshots" in names:
+        hint = "this is a repository in the hub's cache: open the folder below its snapshots"
+    return MissingShardError("safetensors files", "none in this folder", path=root, hint=hint)
 
 
 def _set(name: str) -> tuple[str, str] | None:
