@@ -118,6 +118,11 @@ def painted(state: dict[str, torch.Tensor]) -> bool:
     return all(bool((t == 7.5).all()) for t in state.values() if t.is_floating_point())
 
 
+def placed(error: RestowError, root: Path) -> bool:
+    """Whether an error says where, by a path in what was opened or the folder itself, and what to do."""
+    return error.path is not None and Path(error.path).is_relative_to(root) and bool(error.hint)
+
+
 def all_of(error: BaseException) -> str:
     return f"{type(error).__name__} {error}"
 
@@ -151,10 +156,12 @@ def test_open(case: Case, tmp_path: Path) -> None:
         assert fatal
         assert isinstance(error, kind)
         assert all(part in str(error) for part in holds)
+        assert placed(error, path), error
     else:
         if case.id in DATA:
             assert not found.problems
             return
+        assert all(placed(p.error, path) for p in found.problems), found.problems
         told = [p for p in found.problems if isinstance(p.error, kind)]
         assert told, [all_of(p.error) for p in found.problems]
         assert all(part in str(told[0].error) for part in holds)
@@ -220,6 +227,36 @@ def test_plan(case: Case, tmp_path: Path) -> None:
         assert not fatal or case.id in DATA or made.missing or made.unused, "a plan of a bad input"
 
 
+LAYERS = """\
+expected 3 layers below model.layers, as num_hidden_layers says, found 2
+  missing   model.layers.2.*
+  in        {0}
+  try       get the checkpoint again, or the config.json that belongs to it"""
+
+
+def test_what_concerns_nothing_here_is_told_and_strict_refuses_it(tmp_path: Path) -> None:
+    """A layer that the config announces and neither files nor model have."""
+    path, state = built(CASES["C06_more_layers"], tmp_path), model(tmp_path)
+    for act in (restow.load, restow.plan):
+        with pytest.raises(errors.MissingTensorError) as caught:
+            act(path, state, strict=True)
+        assert str(caught.value) == LAYERS.format(path)
+    assert painted(state)
+    assert not restow.plan(path, state).missing
+    assert restow.load(path, state).warnings == (LAYERS.format(path),)
+    assert not painted(state)
+
+
+@pytest.mark.parametrize(
+    "name", ["C06_more_layers", "C08_family_disagrees", "T22_head_missing", "T24_router_missing"]
+)
+def test_a_plan_on_the_command_line_is_of_a_whole_checkpoint(name: str, tmp_path: Path) -> None:
+    code, text = invoke("plan", str(built(CASES[name], tmp_path)))
+    assert code == 1
+    assert text.startswith("restow.errors.MissingTensorError: expected ")
+    assert all(part in text for part in CASES[name].holds)
+
+
 # Convert.
 
 
@@ -240,8 +277,9 @@ def test_convert(case: Case, tmp_path: Path) -> None:
     assert not fatal
     text = "\n".join(report.warnings)
     assert all(part in text for part in holds if not part.startswith("2 other"))
-    with pytest.raises(kind):
+    with pytest.raises(kind) as caught:
         restow.convert(path, tmp_path / "strict", to="grouped", strict=True)
+    assert placed(caught.value, path), caught.value
     assert not (tmp_path / "strict").exists()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -260,15 +298,31 @@ def test_verify(case: Case, tmp_path: Path) -> None:
         assert fatal
         assert isinstance(error, kind), all_of(error)
         assert all(part in str(error) for part in holds)
+        assert placed(error, path), error
     else:
         assert not fatal or case.id in NO_CONFIG
         assert any(isinstance(p.error, kind) for p in report.problems), report
+        assert all(placed(p.error, path) for p in report.problems), report
         text = str(report)
         assert all(part in text for part in holds)
         if not fatal:
             with pytest.raises(kind):
                 restow.verify(path, strict=True)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["Q01_scale_missing", "Q02_scale_transposed", "Q06_fp8_unannounced", "Q08_block_zero",
+                                  "Q09_block_other", "Q13_unknown_method"])  # fmt: skip
+@pytest.mark.parametrize("order", [1, -1])
+def test_codes_without_values_are_not_compared(name: str, order: int, tmp_path: Path) -> None:
+    """What is wrong with them is said, as when the checkpoint is opened; nothing is decoded by a wrong scale."""
+    good, bad = built(CASES["G06_fp8"], tmp_path), built(CASES[name], tmp_path)
+    told = restow.open(bad).problems[0].error
+    with pytest.raises(type(told)) as caught:
+        restow.verify(*(good, bad)[::order])
+    assert str(caught.value) == str(told)
+    done = CliRunner().invoke(app, ["verify", *map(str, (good, bad)[::order])])
+    assert (done.exit_code, done.stderr) == (1, f"restow.errors.{type(told).__name__}: {told}\n")
 
 
 @pytest.mark.parametrize("to", ["split", "fused", "grouped"])

@@ -57,7 +57,8 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "MissingShardError",
         "expected a folder or a safetensors file, found no file\n"
         "  in        {at}/nowhere\n"
-        "  try       download it again, or check the path",
+        "  try       check the path; restow fetches nothing: for a repository of the hub, hf download does, "
+        "and prints the path",
     ),
     "an empty folder": (
         lambda at: restow.open(at),
@@ -71,7 +72,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "UnsupportedFamilyError",
         "expected a model family that restow knows, found model_type 'qwen9'; the code that the config "
         "names is never run\n"
-        "  in        config.json\n"
+        "  in        {at}/m/config.json\n"
         "  try       say family= or layout= (--family, --layout) if it stores its experts "
         "as a known one does",
     ),
@@ -85,7 +86,9 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a config's number that is none": (
         lambda at: restow.plan(changed(at, num_experts="8")),
         "ConfigError",
-        "expected num_experts as a whole number from 1 to 65536, found '8'\n  in        config.json",
+        "expected num_experts as a whole number from 1 to 65536, found '8'\n"
+        "  in        {at}/m/config.json\n"
+        "  try       get the config.json that belongs to these files",
     ),
     "experts that are missing": (
         lambda at: restow.plan(changed(at, drop(f"{A}.1.gate_proj.weight", f"{A}.1.up_proj.weight"))),
@@ -108,6 +111,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "            model.layers.1.mlp.experts.2.up_proj.weight\n"
         "            model.layers.1.mlp.experts.2.down_proj.weight\n"
         "  and in    model.layers.1.mlp.experts\n"
+        "  in        {at}/m/model.safetensors\n"
         "  try       check the number of experts in config.json against the files",
     ),
     "a leading zero": (
@@ -115,6 +119,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "AmbiguousTensorError",
         "expected expert numbers without leading zeros in model.layers.0.mlp.experts, found 1 with\n"
         "  tensors   model.layers.0.mlp.experts.01.up_proj.weight\n"
+        "  in        {at}/m/model.safetensors\n"
         "  try       rename or drop them: an expert may have one number only",
     ),
     "a stranger among the experts": (
@@ -124,6 +129,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "  extra     model.layers.0.mlp.experts.1.up_proj.lora\n"
         "  layout    in   {{e}}.{{p:gate|up}}_proj.weight  f d\n"
         "            out  {{e}}.down_proj.weight         d f\n"
+        "  in        {at}/m/model.safetensors\n"
         "  try       if they belong there, the family's table must say so",
     ),
     "experts in two layouts": (
@@ -132,6 +138,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "expected the experts of model.layers.0.mlp.experts in one layout, found in parts of 2\n"
         "  layouts   hf/split: 9 tensors, such as model.layers.0.mlp.experts.0.down_proj.weight\n"
         "            fused: 2 tensors, such as model.layers.0.mlp.experts.down_proj\n"
+        "  in        {at}/m/model.safetensors\n"
         "  try       keep one of them: which values count is not for a reader to decide",
     ),
     "a model of other sizes": (

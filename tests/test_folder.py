@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import restow
 from corpus import CASES, Case, rank_file, write_rank
 from corpus_bytes import CONFIG, E7, INDEX, S1, S2, S3, blob, edit, fill, good, reindex, table, write
 from restow import errors
@@ -218,12 +219,66 @@ def test_adapters(tmp_path: Path) -> None:
     assert [type(problem.error) for problem in folder.problems] == [errors.StrayShardError]
 
 
+@pytest.mark.parametrize("verb", ["plan", "convert"])
+def test_an_adapter_is_no_checkpoint(verb: str, tmp_path: Path) -> None:
+    pair = {"base_model.model.x.lora_A.weight": fill("F32", (2, 4), 1)}
+    (tmp_path / "adapter_model.safetensors").write_bytes(blob(*table(pair)))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(errors.ConfigError) as caught:
+        restow.plan(tmp_path) if verb == "plan" else restow.convert(tmp_path, tmp_path / "out", to="grouped")
+    assert str(caught.value) == (
+        "expected a checkpoint with a config.json, found an adapter\n"
+        f"  in        {tmp_path}\n"
+        "  try       restow lora writes it in another format, restow merge adds it to its base (in Python, restow.lora)"
+    )
+
+
 @pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.pth", "model.ckpt"])
 def test_pickles_are_refused_by_name(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"x")
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(errors.UnsafePickleError, match="save_file"):
             open_folder(path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_in_dcps_own_format(tmp_path: Path) -> None:
+    """As torch itself writes one: its metadata is a pickle, which nobody reads here."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"w": torch.zeros(3)}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(errors.UnsafePickleError) as caught:
+        open_folder(tmp_path)
+    assert str(caught.value) == (
+        "expected safetensors files, found a Distributed Checkpoint in its own format, whose metadata is a pickle\n"
+        "  files     __0_0.distcp\n"
+        f"  in        {tmp_path}\n"
+        "  try       load it with torch.distributed.checkpoint where its origin is trusted, and save it with "
+        "restow.dcp.Writer"
+    )
+
+
+def test_a_repository_of_the_hubs_cache(tmp_path: Path) -> None:
+    """Its files are links into blobs, below a snapshot; those work, and the folder above says where they are."""
+    root, snapshot = (
+        tmp_path / "models--org--my model",
+        tmp_path / "models--org--my model" / "snapshots" / "abc",
+    )
+    write(root / "blobs", good())
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted((root / "blobs").iterdir())):
+        (snapshot / file.name).symlink_to(f"../../blobs/{i:064x}")
+        file.rename(file.with_name(f"{i:064x}"))
+    opened = open_folder(snapshot)
+    assert len(opened.tensors) == 93 and opened.config == CONFIG and not opened.problems
+    with pytest.raises(errors.MissingShardError) as caught:
+        open_folder(root)
+    assert str(caught.value) == (
+        "expected safetensors files, found none in this folder\n"
+        f"  in        {root}\n"
+        "  try       this is a repository in the hub's cache: open the folder below its snapshots"
+    )
 
 
 def test_nothing_to_open(tmp_path: Path) -> None:

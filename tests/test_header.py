@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import restow
 from corpus_bytes import WIDTH, blob, fill, table
 from restow import errors
 from restow.errors import RestowError
@@ -89,6 +90,25 @@ def test_refused(raw: bytes, error: type[RestowError], words: str) -> None:
         judge(raw)
     assert re.search(words, str(caught.value)), str(caught.value)
     assert caught.value.path == "/x/a"
+
+
+@pytest.mark.parametrize("raw", [b'{"model_type": "x"}', b" [1, 2, 3, 4, 5]", b'{\n  "weight_map": {'])
+def test_json_text_is_told_by_its_name(raw: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(raw)
+    with pytest.raises(errors.NotSafetensorsError) as caught:
+        restow.open(tmp_path / "config.json")
+    assert str(caught.value) == (
+        "expected a safetensors file, found JSON text\n"
+        f"  in        {tmp_path}/config.json\n"
+        "  try       open the folder, or the file that ends in .safetensors"
+    )
+
+
+@pytest.mark.parametrize("length", [0x5B, 0x7B])
+def test_a_small_length_word_is_no_json(length: int, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"a":')
+    with pytest.raises(errors.TruncatedFileError, match=f"a header of {length} bytes"):
+        restow.open(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

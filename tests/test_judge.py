@@ -350,6 +350,8 @@ GOLDEN = {
     "T01_part_of_expert": """\
 expected 12 experts in model.layers.1.mlp.experts, found 11
   missing   model.layers.1.mlp.experts.7.gate_proj.weight
+  looked in model-00002-of-00003.safetensors
+  in        ROOT
   try       get the checkpoint again, or name the experts it holds: nothing is filled in their place""",
     "T05_number_gap": """\
 expected 12 experts in model.layers.1.mlp.experts, found 3 of their tensors missing
@@ -359,6 +361,8 @@ expected 12 experts in model.layers.1.mlp.experts, found 3 of their tensors miss
   extra     model.layers.1.mlp.experts.12.gate_proj.weight
             model.layers.1.mlp.experts.12.up_proj.weight
             model.layers.1.mlp.experts.12.down_proj.weight
+  looked in model-00002-of-00003.safetensors
+  in        ROOT/model-00002-of-00003.safetensors
   try       get the checkpoint again, or name the experts it holds: nothing is filled in their place""",
     "T06_one_shape": """\
 expected shape [8, 16] for model.layers.1.mlp.experts.7.gate_proj.weight, found [6, 16]
@@ -366,18 +370,23 @@ expected shape [8, 16] for model.layers.1.mlp.experts.7.gate_proj.weight, found 
   layout    in   {e}.{p:gate|up}_proj.weight  f d
             out  {e}.down_proj.weight         d f
   sizes     d = 16, e = 12, f = 8, p = 2
+  in        ROOT/model-00002-of-00003.safetensors
   try       check config.json against the files: sizes come from the config first, shapes must agree""",
     "T08_mixed_dtype": """\
 expected experts of one module in one dtype, BF16, found F32
-  tensors   model.layers.1.mlp.experts.7.gate_proj.weight F32, among BF16""",
+  tensors   model.layers.1.mlp.experts.7.gate_proj.weight F32, among BF16
+  in        ROOT/model-00002-of-00003.safetensors
+  try       get the file again if this is no choice of who wrote it; the values are read as they are""",
     "T09_one_int8": """\
 expected experts in BF16, F16, F32, F64, since config.json has no quantization_config, found I8
   tensors   model.layers.1.mlp.experts.7.gate_proj.weight I8
+  in        ROOT/model-00002-of-00003.safetensors
   try       get the config.json that belongs to these files: without it nobody can decode them""",
     "T14_fused_and_split": """\
 expected the experts of model.layers.1.mlp.experts in one layout, found in parts of 2
   layouts   hf/split: 36 tensors, such as model.layers.1.mlp.experts.0.gate_proj.weight
             fused: 2 tensors, such as model.layers.1.mlp.experts.gate_up_proj
+  in        ROOT/model-00002-of-00003.safetensors
   try       keep one of them: which values count is not for a reader to decide""",
     "T15_fused_transposed": """\
 expected shape [12, 16, 8] for model.layers.1.mlp.experts.down_proj, found [12, 8, 16]
@@ -386,6 +395,7 @@ expected shape [12, 16, 8] for model.layers.1.mlp.experts.down_proj, found [12, 
   layout    in   gate_up_proj  e (p f) d
             out  down_proj     e d f
   sizes     d = 16, e = 12, f = 8, p = 2
+  in        ROOT/model-00002-of-00003.safetensors
   try       check config.json against the files: sizes come from the config first, shapes must agree""",
     "T17_no_prefix": """\
 expected names that begin with model. in a whole qwen3_moe model, found none: an export without its head
@@ -393,6 +403,7 @@ expected names that begin with model. in a whole qwen3_moe model, found none: an
             model.norm.weight
   found     embed_tokens.weight
             norm.weight
+  in        ROOT
   try       a model without a head loads them as they are; for a whole one say rename=""",
     "T22_head_missing": """\
 expected lm_head.weight, since tie_word_embeddings does not tie it to the embedding, found none
@@ -420,7 +431,8 @@ expected the experts of a mixtral model, found none under its names
   try       check model_type in config.json; if the files are another family's, say family= (--family)""",
     "C12_experts_huge": """\
 expected num_experts as a whole number from 1 to 65536, found 1000000000000
-  in        config.json""",
+  in        ROOT/config.json
+  try       get the config.json that belongs to these files""",
 }
 
 

@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import corpus_quant  # noqa: F401  its cases come into the table
+import corpus_tensors  # noqa: F401
 import lora_adapters as adapters
 import restow.lora
 import tiny
-from restow.errors import AdapterError, UsageError
+from corpus import CASES
+from restow.cli import app
+from restow.errors import AdapterError, RestowError, UsageError
 
 PREFIX = "base_model.model."
 LINEAR = "model.layers.1.self_attn.q_proj"
@@ -183,3 +188,55 @@ def test_formats_and_bases_that_nobody_knows(tmp_path: Path) -> None:
         restow.lora.convert(source, tmp_path / "b", to="peft")
     restow.lora.convert(source, tmp_path / "b", to="peft", family="qwen3_moe")
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["r"] == 2
+
+
+@pytest.mark.parametrize("text", [b'{"moe_rank_scaling": tr', b"\xff\xfe", b"[" * 100_000])
+def test_a_config_beside_the_config_that_is_none(text: bytes, tmp_path: Path) -> None:
+    """What NeMo writes beside it is judged as it is; the other keys of a damaged file are not guessed."""
+    source = adapters.write(tmp_path / "a", good(), r=2, lora_alpha=4, target_modules=["q_proj", "gate_proj"])
+    (source / "automodel_peft_config.json").write_bytes(text)
+    with pytest.raises(AdapterError) as caught:
+        restow.lora.convert(source, tmp_path / "out", to="peft", base=adapters.base("qwen3_moe"))
+    assert str(caught.value) == (
+        f"expected a config of strict JSON, found {caught.value.found}\n"
+        f"  in        {source}/automodel_peft_config.json\n"
+        "  try       get the config that belongs to this adapter"
+    )
+
+
+BASES = ["T01_part_of_expert", "T03_layer_experts_missing", "T05_number_gap", "T06_one_shape", "T22_head_missing",
+         "T24_router_missing", "C01_no_config", "C03_unknown_family", "C06_more_layers", "C08_family_disagrees",
+         "P01_pickle_only", "Q10_scale_orphan"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_that_is_not_whole_is_not_merged_into(name: str, tmp_path: Path) -> None:
+    """It is refused as it is for a conversion: what it lacks the merged checkpoint would lack, too."""
+    base = CASES[name].build(tmp_path / "base") or tmp_path / "base"
+    source = adapters.write(
+        tmp_path / "a", pair(LINEAR, 16, 16), r=2, lora_alpha=4, target_modules=["q_proj"]
+    )
+    with pytest.raises(RestowError) as caught:
+        restow.convert(base, tmp_path / "out", to="grouped")
+    told = caught.value
+    with pytest.raises(type(told)) as caught:
+        restow.lora.merge(base, source, tmp_path / "out")
+    assert str(caught.value) == str(told)
+    done = CliRunner().invoke(app, ["merge", str(base), str(source), str(tmp_path / "out")])
+    assert (done.exit_code, done.stderr) == (1, f"restow.errors.{type(told).__name__}: {told}\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_odd_about_a_base_is_told_and_strict_refuses_it(tmp_path: Path) -> None:
+    CASES["I17_total_size"].build(tmp_path / "base")
+    source = adapters.write(
+        tmp_path / "a", pair(LINEAR, 16, 16), r=2, lora_alpha=4, target_modules=["q_proj"]
+    )
+    done = CliRunner().invoke(
+        app, ["merge", str(tmp_path / "base"), str(source), str(tmp_path / "out"), "--strict"]
+    )
+    assert done.exit_code == 1
+    assert done.stderr.startswith("restow.errors.IndexMismatchError: expected total_size ")
+    assert not (tmp_path / "out").exists()
+    told = restow.lora.merge(tmp_path / "base", source, tmp_path / "out").warnings[0]
+    assert done.stderr == f"restow.errors.IndexMismatchError: {told}\n"

@@ -474,6 +474,7 @@ def test_a_limit_on_the_size_of_files(fast: Path, default: bool) -> None:  # D03
     else:
         assert type(end.error) is NoSpaceError
         assert "a.safetensors (5002 bytes), found EFBIG: a file may have 3000 bytes at most" in str(end.error)
+        assert str(end.error).endswith("\n  try       make room there, or name a folder on another disk")
         assert [path.name for path in fast.iterdir()] == ["x"]
 
 
@@ -512,7 +513,9 @@ def test_no_right_to_write(fast: Path) -> None:  # D07
     end = forked(work)
     assert type(end.error) is NotWritableError
     assert str(end.error) == (
-        f"expected a folder to write x in, found that user 65534 may not write there\n  in        {fast}"
+        "expected a folder to write x in, found that user 65534 may not write there\n"
+        f"  in        {fast}\n"
+        "  try       name another folder, or have its rights changed"
     )
     assert list(fast.iterdir()) == []
 

@@ -147,6 +147,19 @@ def test_a_conversion_says_a_check_that_can_succeed(tmp_path: Path) -> None:
         assert CliRunner().invoke(app, ["verify", *checked]).exit_code == 0
 
 
+@pytest.mark.parametrize("code", ["utf-8", "ascii"])
+def test_a_path_with_spaces_and_other_letters(code: str, tmp_path: Path) -> None:
+    """What is said to check a conversion can be pasted; a stream that lacks a letter gets it escaped, and no traceback."""
+    source, made = SMALL.written(tmp_path / "das Modell"), tmp_path / "gr\xf6\xdfer \udcff"
+    done = CliRunner(charset=code).invoke(app, ["convert", str(source), str(made), "--to", "fused"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    said = done.stdout.partition("check it with: ")[2].rstrip("\n")
+    spelled = str(made).encode(code, "backslashreplace").decode(code)
+    assert said == f"restow verify '{source}' '{spelled}'"
+    assert made.is_dir()
+    assert CliRunner(charset=code).invoke(app, ["verify", str(source), str(made)]).exit_code == 0
+
+
 def test_a_model_that_lacks_a_tensor_of_its_experts_is_not_a_broken_download(tmp_path: Path) -> None:
     into = {name: t for name, t in empty().items() if name != f"{AT.format(1)}.down_proj"}
     with pytest.raises(MissingTensorError) as caught:

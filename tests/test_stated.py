@@ -96,6 +96,7 @@ def test_files_that_state_two_layouts(tmp_path: Path) -> None:
         "expected one layout in the metadata (restow.layout) of all files, found 2\n"
         "  files     model-00001-of-00002.safetensors\n"
         "            model-00002-of-00002.safetensors\n"
+        f"  in        {folder}\n"
         "  try       keep the files of one conversion in a folder, or say layout= (--layout)"
     )
     assert restow.plan(restow.open(folder, layout="fused")).bytes
@@ -114,7 +115,7 @@ def test_text_that_is_no_layout(text: str, found: str, tmp_path: Path) -> None:
     with pytest.raises(HeaderError, match=r"rows of a layout in the metadata \(restow.layout\)") as caught:
         restow.plan(folder)
     assert caught.value.found.startswith(found)
-    assert caught.value.path == "model-00001-of-00001.safetensors"
+    assert caught.value.path == str(folder / "model-00001-of-00001.safetensors")
 
 
 def test_a_form_with_a_container_of_its_own_goes_there(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from restow.find import Module
 from restow.known import FAMILIES
 from restow.layout import shape_of
 from restow.opening import family_of, open_checkpoint
+from restow.problems import merged
 
 BaseLike = str | os.PathLike[str] | Checkpoint
 
@@ -153,7 +154,12 @@ def base_of(base: BaseLike | Base | None, family: str | Family | None, hint: obj
         base = open_checkpoint(base, family=known)
     family_ = known or base.family
     if family_ is None:
-        raise UnsupportedFamilyError("a base of a family that restow knows", "another", path=base.path)
+        if fatal := [problem.error for problem in base.problems if problem.fatal]:
+            raise merged(fatal)
+        hint = "say family= (--family) if it stores its experts as a known one does"
+        raise UnsupportedFamilyError(
+            "a base of a family that restow knows", "another", path=base.path, hint=hint
+        )
     return Base(family_, {"p": len(family_.labels), **base.sizes}, base, base.path)
 
 
@@ -164,6 +170,9 @@ def _from_config(folder: str, known: Family | None) -> Base:
     family = known or next((FAMILIES[k] for k in kinds if isinstance(k, str) and k in FAMILIES), None)
     if family is None:
         raise UnsupportedFamilyError(
-            "a base of a family that restow knows", show(repr(kinds[0])), path=folder
+            "a base of a family that restow knows",
+            show(repr(kinds[0])),
+            path=folder,
+            hint="say family= (--family) if it stores its experts as a known one does",
         )
     return Base(family, {"p": len(family.labels), **family.read_sizes(config)}, None, folder)

@@ -23,6 +23,7 @@ from restow.limits import LIMITS
 
 CONFIG = "adapter_config.json"
 MODEL = "adapter_model.safetensors"
+AGAIN = "get the config that belongs to this adapter"
 RANK_LIMIT = 2**20
 NO_MERGE = ("use_dora", "lora_bias")  # what changes the delta in a way that rows of A and B do not say
 
@@ -104,7 +105,7 @@ def read_adapter_config(folder: str) -> AdapterConfig:
         )
         value = parse(text, LIMITS.depth, fraction=float, constant=float)
     except JsonFault as fault:
-        raise AdapterError(f"{CONFIG} of strict JSON", fault.found, path=path) from None
+        raise AdapterError(f"{CONFIG} of strict JSON", fault.found, path=path, hint=AGAIN) from None
     except AdapterError:
         raise
     except RestowError as error:
@@ -115,7 +116,11 @@ def read_adapter_config(folder: str) -> AdapterConfig:
     config = adapter_config(value, str(path))
     beside = Path(folder) / "automodel_peft_config.json"  # NeMo AutoModel, components/_peft/lora.py
     if beside.is_file():
-        more = json.loads(read_all(beside, LIMITS.config, what="a JSON config", refuse=AdapterError))
+        try:
+            text = read_all(beside, LIMITS.config, what="a JSON config", refuse=AdapterError)
+            more = parse(text, LIMITS.depth, fraction=float, constant=float)
+        except JsonFault as fault:
+            raise AdapterError("a config of strict JSON", fault.found, path=beside, hint=AGAIN) from None
         if isinstance(more, dict) and more.get("moe_rank_scaling") is True:
             return replace(config, free=True)
     return config
@@ -124,7 +129,8 @@ def read_adapter_config(folder: str) -> AdapterConfig:
 def adapter_config(raw: object, path: str | None = None) -> AdapterConfig:
     """Judge a config that is already parsed. Raises `AdapterError`."""
     if not isinstance(raw, Mapping):
-        raise AdapterError("an adapter config that is a JSON object", f"a {type(raw).__name__}", path=path)
+        found = f"a {type(raw).__name__}"
+        raise AdapterError("an adapter config that is a JSON object", found, path=path, hint=AGAIN)
     kind = raw.get("peft_type", "LORA")
     if str(kind).rpartition(".")[2] != "LORA":
         raise AdapterError(
@@ -143,28 +149,28 @@ def adapter_config(raw: object, path: str | None = None) -> AdapterConfig:
 
 def _rank(value: object, field: str, path: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= RANK_LIMIT:
-        hint = "the scale is alpha / r" if value == 0 else ""
+        hint = "the scale is alpha / r" if value == 0 else AGAIN
         raise AdapterError(f"{field} as a whole number from 1", show(repr(value)), path=path, hint=hint)
     return value
 
 
 def _alpha(value: object, field: str, path: object) -> Number:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterError(f"{field} as a number", show(repr(value)), path=path)
+        raise AdapterError(f"{field} as a number", show(repr(value)), path=path, hint=AGAIN)
     return value
 
 
 def _flag(raw: Mapping[str, Any], field: str, path: object) -> bool:
     value = raw.get(field) or False
     if not isinstance(value, bool):
-        raise AdapterError(f"{field} as true or false", show(repr(value)), path=path)
+        raise AdapterError(f"{field} as true or false", show(repr(value)), path=path, hint=AGAIN)
     return value
 
 
 def _patterns(raw: Mapping[str, Any], field: str, judge: Any, path: object) -> Mapping[str, Any]:
     table = raw.get(field) or {}
     if not isinstance(table, Mapping):
-        raise AdapterError(f"{field} as an object", f"a {type(table).__name__}", path=path)
+        raise AdapterError(f"{field} as an object", f"a {type(table).__name__}", path=path, hint=AGAIN)
     for key, value in table.items():
         check_key(str(key), field, path)
         judge(value, f"{field}[{show(key)}]", path)

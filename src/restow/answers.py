@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 def converted(report: ConvertReport, source: str, *, like: bool) -> Answer:
     """What a conversion did, and how to check it: against its source if that holds the same values."""
     lines = _lines(str(report))
-    against = f"{source} {report.target}" if like else f"{report.target}    (the source holds other values)"
+    paths = map(shlex.quote, (source, report.target) if like else (report.target,))
+    against = " ".join(paths) + ("" if like else "    (the source holds other values)")
     lines.append(Line(f"check it with: restow verify {against}"))
     return Answer(plain(report), lines)
 

@@ -18,7 +18,6 @@ from restow.errors import UsageError
 from restow.terminal import Answer, Signalled, code_of, run, signals
 
 if TYPE_CHECKING:
-    from restow.checkpoint import Checkpoint
     from restow.layout import Layout
 
 app = typer.Typer(
@@ -102,10 +101,11 @@ def plan(
     from restow.explain_plan import rank_plans
     from restow.landing import layout_of
     from restow.opening import open_checkpoint
+    from restow.planning import refuse
     from restow.ranks import free_layouts, node_figures
 
     opened = open_checkpoint(path, family=family)
-    refuse_warnings(opened, strict)
+    refuse(opened, strict)
     wanted = layout_option(layout) or "grouped"
     to = layout_of(wanted, opened.family)
     assert to is not None
@@ -185,12 +185,17 @@ def verify(
 ) -> Answer:
     """Compare two checkpoints expert by expert, whatever their layouts; or one with its manifest."""
     from restow.answers import verified
+    from restow.judge import undecodable
     from restow.opening import open_checkpoint
     from restow.planning import refuse
+    from restow.problems import merged
 
     sides = [open_checkpoint(p, layout=layout_option(layout), family=family) for p in (a, b) if p is not None]
-    if b is None and sides[0].family is not None:
-        refuse(sides[0], strict)  # before torch is imported
+    if b is None and sides[0].family is not None:  # all of it before torch is imported
+        refuse(sides[0], strict)
+    for side in sides if b is not None else ():
+        if errors := [problem.error for problem in side.problems] if strict else undecodable(side):
+            raise merged(errors)
     from restow.torch.verify import verify as do
 
     return verified(do(*sides, experts_only=experts_only, sample=sample, threads=threads, strict=strict))
@@ -260,16 +265,22 @@ def merge(
     outer: OuterOption = "out",
     expert_major: OrderOption = None,
     replace: ReplaceOption = False,
+    strict: StrictOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> Answer:
     """Write a base plus an adapter's deltas, in the base's own layout, files and precision."""
     from restow.answers import adapted
+    from restow.opening import open_checkpoint
+    from restow.planning import refuse
+
+    opened = open_checkpoint(base, family=family)
+    refuse(opened, strict)  # before torch is imported
     from restow.torch.adapter_merge import merge as do
 
     return adapted(
         do(
-            base,
+            opened,
             adapter,
             target,
             family=family,
@@ -277,6 +288,7 @@ def merge(
             outer=outer,
             expert_major=expert_major,
             replace=replace,
+            strict=strict,
         )
     )
 
@@ -360,15 +372,6 @@ def dtype_option(name: str | None) -> Any:
     import torch
 
     return getattr(torch, words[name])
-
-
-def refuse_warnings(opened: Checkpoint, strict: bool) -> None:
-    """Under `--strict` a warning is raised as what it says."""
-    from restow.problems import merged
-
-    warnings = [problem.error for problem in opened.problems if not problem.fatal]
-    if strict and warnings:
-        raise merged(warnings)
 
 
 @app.callback(invoke_without_command=True)

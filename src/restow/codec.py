@@ -124,7 +124,10 @@ def _fp8(said: Mapping[str, object], words: tuple[str, ...]) -> Announced:
     dtype = {"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"}.get(str(said.get("fmt", "e4m3")).lower())
     if dtype is None:
         raise QuantizationError(
-            "fmt e4m3 or e5m2 in quantization_config", show(repr(said["fmt"])), path="config.json"
+            "fmt e4m3 or e5m2 in quantization_config",
+            show(repr(said["fmt"])),
+            path="config.json",
+            hint="get the config.json that belongs to these files",
         )
     block = _block(said.get("weight_block_size"))
     names: tuple[str, ...] = ("fp8_expert", "fp8_tensor") if block is None else ("fp8", "fp8_scale", "fp4")
@@ -194,6 +197,7 @@ def _compressed(said: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[int,
             "one group of weights in compressed-tensors' config_groups",
             f"{len(found)} that differ",
             path="config.json",
+            hint="decode the weights with the tool that wrote them, and restow the result",
         )
     return found.pop()
 
@@ -209,6 +213,7 @@ def _block(block: object) -> tuple[int, int] | None:
         f"weight_block_size as two whole numbers from 1 to {BLOCK_LIMIT}",
         show(repr(block)),
         path="config.json",
+        hint="get the config.json that belongs to these files",
     )
 
 

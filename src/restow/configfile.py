@@ -15,6 +15,8 @@ from restow.errors import ConfigError, show
 from restow.jsontext import JsonFault, parse
 from restow.limits import LIMITS, Limits
 
+AGAIN = "get the config.json that belongs to these files"
+
 
 def read_config(folder: str, name: str = "config.json", limits: Limits = LIMITS) -> Mapping[str, Any] | None:
     """The config in `folder`, None if there is none; `ConfigError` if it cannot be read as one."""
@@ -25,9 +27,11 @@ def read_config(folder: str, name: str = "config.json", limits: Limits = LIMITS)
     try:
         value = parse(raw, limits.depth, fraction=float, constant=float)
     except JsonFault as fault:
-        raise ConfigError("a config of strict JSON", fault.found, path=path) from None
+        raise ConfigError("a config of strict JSON", fault.found, path=path, hint=AGAIN) from None
     if not isinstance(value, dict):
-        raise ConfigError("a config that is a JSON object", f"a {type(value).__name__}", path=path)
+        raise ConfigError(
+            "a config that is a JSON object", f"a {type(value).__name__}", path=path, hint=AGAIN
+        )
     _check_integers(value, path)
     return value
 
@@ -43,6 +47,5 @@ def _check_integers(value: dict[str, Any], path: Path) -> None:
             todo += [(name, inner) for inner in item]
         elif isinstance(item, int) and not -(2**63) <= item < 2**63:
             digits = item.bit_length()
-            raise ConfigError(
-                "integers of at most 64 bits", f"one of {digits} bits at {show(name)}", path=path
-            )
+            found = f"one of {digits} bits at {show(name)}"
+            raise ConfigError("integers of at most 64 bits", found, path=path, hint=AGAIN)

@@ -25,7 +25,7 @@ from restow.errors import (
     UsageError,
     show,
 )
-from restow.writing import failures, mount_of, refusal
+from restow.writing import ROOM, failures, mount_of, refusal
 
 StrPath = str | os.PathLike[str]
 PARTIAL = ".partial"
@@ -83,7 +83,10 @@ def locate(path: StrPath) -> Place:
             "a destination that this system can name", "lone surrogates", path=show(text)
         ) from error
     except RuntimeError as error:  # what pathlib makes of ELOOP
-        raise DestinationError("a folder above the destination", "a loop of links", path=text) from error
+        hint = "name the folder itself, not the link"
+        raise DestinationError(
+            "a folder above the destination", "a loop of links", path=text, hint=hint
+        ) from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _no_parent(Path(text), error) from error
     except OSError as error:
@@ -129,7 +132,8 @@ def check_writable(place: Place) -> None:
         effective = os.access in os.supports_effective_ids
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
             found = f"that user {os.geteuid()} may not write there"
-            raise NotWritableError(f"a folder to write {show(place.name)} in", found, path=folder)
+            hint = "name another folder, or have its rights changed"
+            raise NotWritableError(f"a folder to write {show(place.name)} in", found, path=folder, hint=hint)
 
 
 def check_vacant(place: Place, *, replace: bool) -> bool:
@@ -168,10 +172,10 @@ def check_room(place: Place, size: int, count: int) -> None:
     mount = show(mount_of(place.parent))
     if room.f_blocks and needed > free:  # a file system that does not count its blocks says 0
         found = f"{free} bytes free on {mount}"
-        raise NoSpaceError(f"room for {needed} bytes ({size} and 1 %)", found, path=place.path)
+        raise NoSpaceError(f"room for {needed} bytes ({size} and 1 %)", found, path=place.path, hint=ROOM)
     if room.f_files and inodes > room.f_favail:
         found = f"{room.f_favail} inodes free on {mount}"
-        raise NoSpaceError(f"room for {inodes} inodes", found, path=place.path)
+        raise NoSpaceError(f"room for {inodes} inodes", found, path=place.path, hint=ROOM)
 
 
 def _no_parent(path: Path, error: OSError | None) -> RestowError:

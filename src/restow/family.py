@@ -189,6 +189,7 @@ def _term(term: str, config: Mapping[str, object], limit: int, least: int) -> in
                     f"{path.lstrip('#')} as a whole number from {least} to {limit}",
                     f"{show(repr(value))}",
                     path="config.json",
+                    hint="get the config.json that belongs to these files",
                 )
             return value
     return None

@@ -27,6 +27,7 @@ from restow.errors import (
 
 IOV_MAX = 1024  # buffers that one preadv takes
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+ABSENT = "no file"  # found where a path leads nowhere
 _LOOK = "look at what lies under this name, and put the file there"
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -141,7 +142,7 @@ def open_source(
     try:
         fd = os.open(name, _FLAGS)
     except ValueError:  # a NUL inside the name
-        raise UnsafePathError(what, "a path that holds a NUL character", path=name) from None
+        raise UnsafePathError(what, "a path that holds a NUL character", path=name, hint=_LOOK) from None
     except OSError as error:
         _refuse_open(error, name, what, refuse)
     try:
@@ -185,7 +186,7 @@ def _refuse_open(error: OSError, path: str, what: str, refuse: type[RestowError]
         dangling = error.errno == errno.ENOENT and Path(path).is_symlink()
         raise MissingShardError(
             what,
-            "a link that leads nowhere" if dangling else "no file",
+            "a link that leads nowhere" if dangling else ABSENT,
             path=path,
             hint="download it again: the cache it links to was pruned"
             if dangling
@@ -202,4 +203,7 @@ def _refuse_os(error: OSError, path: str) -> NoReturn:
         raise DestinationError(
             "to open a file more", code, path=path, hint="raise the limit of open files (ulimit -n)"
         ) from error
-    raise MissingShardError("a file that can be read", f"{code} from the system", path=path) from error
+    hint = "look at its rights, and at the disk it lies on"
+    raise MissingShardError(
+        "a file that can be read", f"{code} from the system", path=path, hint=hint
+    ) from error

@@ -31,6 +31,7 @@ from restow.problems import Problem, merged
 
 _LENGTH = 8  # bytes of the length word
 _FIELDS = ("dtype", "shape", "data_offsets")
+_JSON = "JSON text"  # unless the byte is that of a small length word, which has NUL bytes behind it
 _OTHERS = (  # what people find under a shard's name, by its first bytes
     (b"version https://git-lfs", "a git LFS pointer", "git lfs pull"),
     (b"PK\x03\x04", "a zip archive, as torch.save writes (pickle)", ""),
@@ -39,6 +40,8 @@ _OTHERS = (  # what people find under a shard's name, by its first bytes
     (b"<!doctype", "an HTML page", "download the file again: a web page was saved under its name"),
     (b"<html", "an HTML page", "download the file again: a web page was saved under its name"),
     (b"<?xml", "an XML page", "download the file again: a web page was saved under its name"),
+    (b"{", _JSON, "open the folder, or the file that ends in .safetensors"),
+    (b"[", _JSON, "open the folder, or the file that ends in .safetensors"),
 )
 _BIG = "the file is damaged, or no safetensors file; Limits(header=...) raises the limit"
 _CONVERT = "convert it with safetensors.torch.save_file where its origin is trusted"
@@ -140,7 +143,7 @@ def _frame(source: SourceFile, limits: Limits) -> bytes:
         return source.pread(_LENGTH, length)
     text = head.lstrip().lower()
     for magic, what, hint in _OTHERS:
-        if head.startswith(magic) or text.startswith(magic):
+        if (head.startswith(magic) or text.startswith(magic)) and (what != _JSON or 0 not in head[:_LENGTH]):
             raise NotSafetensorsError("a safetensors file", what, path=path, hint=hint or _CONVERT)
     if length > limits.header:
         raise HeaderError(

@@ -47,6 +47,14 @@ def judge(found: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Problem, ...]:
     return tuple(problems)
 
 
+def undecodable(found: Checkpoint) -> list[RestowError]:
+    """The fatal findings that leave coded weights without values: about codes and scales, or what announces them."""
+    fatal = [problem.error for problem in found.problems if problem.fatal]
+    if found.codec is None and found.config is not None and announced(found.config) is not None:
+        return fatal
+    return [error for error in fatal if isinstance(error, QuantizationError)]
+
+
 def _no_experts(found: Checkpoint, family: Family) -> MissingTensorError:
     hub = family.spellings[0]
     wanted = (f"{hub.container}.{''.join(map(str, row.name))}" for row in hub.layout.rows)
@@ -131,5 +139,6 @@ def _dtypes(found: Checkpoint, dtypes: Mapping[str, str]) -> Iterator[Problem]:
             f"{dtype} in {len(mixed)} tensors" if len(mixed) > 1 else dtype,
             tensor=name,
             sections=[("tensors", (f"{show(n)} {other}, among {most}" for n, other, most in mixed))],
+            hint="get the file again if this is no choice of who wrote it; the values are read as they are",
         )
         yield Problem(error, False)

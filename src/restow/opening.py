@@ -20,7 +20,9 @@ from restow.judge import judge
 from restow.known import FAMILIES
 from restow.landing import layout_of
 from restow.layout import Layout
+from restow.located import located
 from restow.problems import Problem
+from restow.selection import ADAPTER
 from restow.stated import stated_layout
 
 
@@ -57,6 +59,8 @@ def read_as(
     else:
         if known is None:
             known, doubt = by_config(config, folder.root)
+            if config is None and [header.file for header in folder.headers] == [ADAPTER]:
+                doubt = adapter_of(folder.root)
             if doubt is not None and layout is None:
                 problems.append(Problem(doubt, True))
     given = family is not None or layout is not None
@@ -82,7 +86,8 @@ def read_as(
         problems.append(Problem(error, True))
         found = survey(folder.tensors, family=known, config=None, problems=tuple(problems), **shared)
     dtypes = {n: d for header in folder.headers for n, d in zip(header.names, header.dtypes, strict=True)}
-    return replace(found, problems=(*found.problems, *judge(found, dtypes)))
+    told = (*found.problems, *judge(found, dtypes))
+    return replace(found, problems=tuple(located(problem, found, folder.root) for problem in told))
 
 
 def by_config(config: Mapping[str, Any] | None, root: str) -> tuple[Family | None, RestowError | None]:
@@ -99,6 +104,16 @@ def by_config(config: Mapping[str, Any] | None, root: str) -> tuple[Family | Non
         if isinstance(model_type, str) and model_type in FAMILIES:
             return FAMILIES[model_type], None
     return None, _unknown(types[0], config)
+
+
+def adapter_of(root: str) -> RestowError:
+    """The error for an adapter where a checkpoint is wanted."""
+    return ConfigError(
+        "a checkpoint with a config.json",
+        "an adapter",
+        path=root,
+        hint="restow lora writes it in another format, restow merge adds it to its base (in Python, restow.lora)",
+    )
 
 
 def _unknown(model_type: object, config: Mapping[str, Any]) -> UnsupportedFamilyError:

@@ -123,7 +123,10 @@ def prepare(
     check_modules(source, wish.experts)
     by_name = {target.name: target for target in targets}
     if modules is None:
-        modules = find_landing(source, by_name, wish).modules
+        try:
+            modules = find_landing(source, by_name, wish).modules
+        except RestowError as error:  # what the source itself lacks may be why
+            raise merged([error, *(p.error for p in source.problems if p.fatal)]) from None
     kept = kept_coded(source, by_name, modules, pair_modules(source, modules, wish))
     source = decoded(source, kept)
     owners = owners_of(modules)

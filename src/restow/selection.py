@@ -35,6 +35,7 @@ _CONVERT = (
     "convert it where its origin is trusted: torch.load(file, weights_only=True), then "
     "safetensors.torch.save_file; restow never unpickles weights"
 )
+_ABSENT = "check the path; restow fetches nothing: for a repository of the hub, hf download does, and prints the path"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,12 @@ def select(path: str, limits: Limits = LIMITS) -> Selection:
 def _one_file(path: str) -> Selection:
     if path.endswith(_PICKLES):
         raise UnsafePickleError("a safetensors file", "a pickle, which runs code", path=path, hint=_CONVERT)
-    with files.open_source(path, what="a folder or a safetensors file"):
-        pass
+    try:
+        files.open_source(path, what="a folder or a safetensors file").close()
+    except MissingShardError as error:
+        if error.found == files.ABSENT:  # the caller's own word, not that of an index
+            error.hint = _ABSENT
+        raise
     whole = Path(path)
     return Selection(str(whole.parent), (whole.name,))
 
@@ -205,9 +210,19 @@ def _nothing(root: str, names: list[str]) -> RestowError:
             sections=[("pickles", map(show, pickles))],
             hint=_CONVERT,
         )
-    return MissingShardError(
-        "safetensors files", "none in this folder", path=root, hint="check the path; fetch the weights"
-    )
+    native = [name for name in names if name.endswith(".distcp")]
+    if native:
+        return UnsafePickleError(
+            "safetensors files",
+            "a Distributed Checkpoint in its own format, whose metadata is a pickle",
+            path=root,
+            sections=[("files", map(show, native))],
+            hint="load it with torch.distributed.checkpoint where its origin is trusted, and save it with restow.dcp.Writer",
+        )
+    hint = "check the path; fetch the weights"
+    if "snapshots" in names:
+        hint = "this is a repository in the hub's cache: open the folder below its snapshots"
+    return MissingShardError("safetensors files", "none in this folder", path=root, hint=hint)
 
 
 def _set(name: str) -> tuple[str, str] | None:

@@ -142,7 +142,9 @@ def show_json(data: Mapping[str, Any]) -> None:
 
 
 def say(line: Line) -> None:
-    """One line on stdout."""
+    """One line on stdout; what the stream cannot spell, of a path that was typed, is escaped."""
+    code = sys.stdout.encoding or "ascii"
+    line = line._replace(text=line.text.encode(code, "backslashreplace").decode(code))
     if _coloured(sys.stdout):
         console, text = _rich()
         console.print(text(line.text, style=_STYLES.get(line.kind, "")), soft_wrap=True)

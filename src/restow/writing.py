@@ -32,6 +32,7 @@ CALLS = (
     "create", "reopen", "open_lock", "lock", "unlock", "allocate", "pwrite", "fsync", "close", "sync_folder",
     "mkdir", "rename", "rename_new", "exchange", "unlink", "rmdir",
 )  # fmt: skip
+ROOM = "make room there, or name a folder on another disk"
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
 
@@ -197,16 +198,18 @@ def refusal(
         return DurabilityUncertainError(expected, code, path=path, hint=hint)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found, where = _shortage(number, path.parent)
-        return NoSpaceError(expected, f"{code}: {found}", path=path, sections=where)
+        return NoSpaceError(expected, f"{code}: {found}", path=path, sections=where, hint=ROOM)
     if number == errno.EROFS:
         found = f"{code}: {show(mount_of(_existing(path)))} is mounted read-only"
-        return NotWritableError(expected, found, path=path.parent)
+        return NotWritableError(expected, found, path=path.parent, hint="name a folder elsewhere")
     if number in (errno.EACCES, errno.EPERM):
-        return NotWritableError(expected, f"{code}: user {os.geteuid()} may not", path=path.parent)
+        hint = "name another folder, or have its rights changed"
+        return NotWritableError(expected, f"{code}: user {os.geteuid()} may not", path=path.parent, hint=hint)
     if number == errno.ENAMETOOLONG:
         return UsageError(expected, f"{code}: the name is too long", path=path)
     if number in (errno.EEXIST, errno.ENOTEMPTY):
-        return DestinationExistsError(expected, f"{code}: something is there", path=path)
+        hint = "somebody else writes there: name another folder"
+        return DestinationExistsError(expected, f"{code}: something is there", path=path, hint=hint)
     hint = "raise the limit of open files (ulimit -n)" if number == errno.EMFILE else ""
     return DestinationError(expected, code, path=path, hint=hint)
 

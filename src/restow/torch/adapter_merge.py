@@ -26,8 +26,9 @@ from restow.errors import AdapterError, IntegrityError, UsageError, show
 from restow.family import Family
 from restow.files import SourceFile, names, open_source, read_all
 from restow.header import read_header
+from restow.opening import open_checkpoint
 from restow.outfiles import OutFile, Placed, placed
-from restow.planning import raise_fatal
+from restow.planning import refuse
 from restow.publish import Staging
 from restow.sidefiles import side_files
 from restow.torch.adapter_delta import Book, Deltas, Experts, Goal, Kept, expected, goals, roles_text
@@ -77,18 +78,21 @@ def merge(
     expert_major: bool | None = None,
     threshold: float = LOW,
     replace: bool = False,
+    strict: bool = False,
 ) -> MergeReport:
     """Write `base` + scale * B @ A for every module of `adapter` to the folder `target`.
 
     The files, their headers, the layout and the dtypes are the base's; sums are made in float32 and rounded once.
     `faces`, `outer`, `expert_major`: as for `convert`. Warns where less than `threshold` of the deltas' norm survives
-    rounding. Raises `AdapterError` where a delta has no place, and `QuantizationError` for a quantised base.
+    rounding. Raises `AdapterError` where a delta has no place, `QuantizationError` for a quantised base, and what `open`
+    finds fatal in the base, under `strict` all that it finds.
     """
     started = time.perf_counter()
-    known = base_of(base, family)
+    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, family=family)
+    odd = refuse(opened, strict)
+    known = base_of(opened, family)
     if known.checkpoint is None or known.path is None:
-        raise UsageError("a base with weights to merge into", "a config alone", path=known.path)
-    raise_fatal(known.checkpoint)
+        raise UsageError("a base in files to merge into", "one in memory")
     with AdapterFile(adapter) as file:
         read = read_adapter(file.shapes, file.config, known, Options(faces, outer, expert_major))
         for word in ("use_dora", "lora_bias"):
@@ -113,7 +117,7 @@ def merge(
         kept={role: kept.share for role, kept in sorted(job.book.roles.items())},
         kept_all=total.share,
         bytes_written=written,
-        warnings=tuple(warnings),
+        warnings=(*odd, *warnings),
         lines=tuple(roles_text(job.book.roles)),
         notes=job.notes,
         seconds=time.perf_counter() - started,

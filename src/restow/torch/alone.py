@@ -18,6 +18,7 @@ import xxhash
 from restow import manifest
 from restow.checkpoint import Checkpoint
 from restow.landing import Wish
+from restow.located import located
 from restow.outfiles import nbytes
 from restow.planning import Prepared
 from restow.problems import merged
@@ -78,7 +79,8 @@ def judge_alone(
         found += [
             _placed(checkpoint, one) for one in leaf_differences(checkpoint, record or {}, wrong, threads)
         ]
-    problems = (*values.problems(), *(tie.problems() if sample is None else ()), *checkpoint.problems)
+    seen = (*values.problems(), *(tie.problems() if sample is None else ()))
+    problems = (*(located(p, checkpoint, checkpoint.path or "") for p in seen), *checkpoint.problems)
     refused = [p.error for p in problems if (strict or p.fatal) and p not in checkpoint.problems]
     refused += [p.error for p in checkpoint.problems if strict]
     if refused:

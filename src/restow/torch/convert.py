@@ -30,6 +30,7 @@ from restow.encodings import Encoding, encoding_of, plain_form
 from restow.errors import MissingTensorError, UnexpectedTensorError, UsageError, show
 from restow.landing import Experts, Wish, check_modules, chosen_experts, layout_of
 from restow.layout import Layout
+from restow.located import located
 from restow.mending import FLOATS as CASTS
 from restow.mending import with_dtype, with_experts
 from restow.opening import open_checkpoint
@@ -131,8 +132,9 @@ def convert(
         target, size=size, count=count, sources=[opened.path], replace=replace, work=work
     ) as staging:
         done = _write(job, opened, staging, threads, sha256, progress)
-        odd = (*scales, *done.problems)
-        if refused := [p.error for p in done.problems if p.fatal or strict]:
+        seen = [located(problem, opened, opened.path) for problem in done.problems]
+        odd = (*scales, *seen)
+        if refused := [p.error for p in seen if p.fatal or strict]:
             raise merged(refused)
         for name, data in job.side.items():
             staging.add(name, data)

@@ -36,7 +36,7 @@ from restow.layout import Layout
 from restow.naming import Rename, check_rename, renamed
 from restow.opening import family_of, open_checkpoint
 from restow.pages import on_network
-from restow.planning import make_plan, plan_of, prepare
+from restow.planning import make_plan, plan_of, prepare, refuse
 from restow.plans import Plan
 from restow.problems import Problem, alike, merged
 from restow.targets import Shard
@@ -136,14 +136,18 @@ def plan(
     shard: Shard | None = None,
     experts: Experts = None,
     part: bool = False,
+    strict: bool = False,
 ) -> Plan:
     """Plan a load without doing it: which bytes of which file go where. Reads headers only.
 
     `into=None` plans the tensors that the source has in `layout` ("grouped" if None), under renamed names, whole or by
     `shard`. Tensors of `into` may be meta tensors. What nothing fills is in `.missing`, what has no place in `.unused`.
+    `strict` refuses whatever `open` finds wrong, also where none of these tensors is concerned.
     """
     known = family_of(family)
     opened = as_checkpoint(source, known)
+    if strict:
+        refuse(opened, strict)
     if into is None:
         check_rename(rename)
         wish = Wish(layout, known, rename, shard, experts, part)
@@ -243,9 +247,11 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
     missing = _allowed(made.missing, words.allow_missing, "allow_missing", _missing_error(opened))
     unused = _judge_unused(made, slots, opened, wish, words.allow_unused)
     narrowed = _narrowed(made, opened, words.allow_narrowed)
-    warnings = [str(problem.error) for problem in opened.problems if not problem.fatal]
-    if words.strict and warnings:
-        raise merged([problem.error for problem in opened.problems if not problem.fatal])
+    if words.strict:
+        refuse(opened, True)
+    warnings = [
+        str(problem.error) for problem in opened.problems
+    ]  # fatal ones, too, that concern nothing here
     scales = judge_scales(opened, threads) if opened.codec is not None and opened.path is not None else ()
     if refused := [problem.error for problem in scales if problem.fatal or words.strict]:
         raise merged(refused)

@@ -27,6 +27,7 @@ from restow.errors import (
 )
 from restow.landing import Wish, chosen_experts
 from restow.layout import axis_size
+from restow.located import located
 from restow.notation import Row, dim_keys
 from restow.planning import Prepared
 from restow.problems import Problem
@@ -37,6 +38,7 @@ from restow.torch.chunks import Filled, Slice, raw, stream
 from restow.torch.leaves import name_index
 
 BLOCK = 1 << 16  # elements that are looked at together: they stay in the cache
+AGAIN = "get the file again unless it was trained so: values are kept as they are"
 NAMED = 20  # places of one tensor that are told
 # The doubled bits of infinity, or of the lowest NaN where a dtype has no infinity.
 LIMITS = {
@@ -135,7 +137,13 @@ class Values:
 def _problems(seen: Values) -> Iterator[Problem]:
     if seen.worthless:
         yield Problem(
-            _error(QuantizationError, "scales that are finite and not below 0", seen.worthless, "scales"),
+            _error(
+                QuantizationError,
+                "scales that are finite and not below 0",
+                seen.worthless,
+                "scales",
+                "get the file again: by such a scale a weight has no value",
+            ),
             True,
         )
     full = {name for (name, _), peak in seen.peaks.items() if peak}
@@ -144,7 +152,8 @@ def _problems(seen: Values) -> Iterator[Problem]:
     }
     if zeros:
         yield Problem(
-            _error(QuantizationError, "scales above 0 over weights that are not 0", zeros, "scales"), False
+            _error(QuantizationError, "scales above 0 over weights that are not 0", zeros, "scales", AGAIN),
+            False,
         )
     if seen.odd:
         lines = {
@@ -152,10 +161,12 @@ def _problems(seen: Values) -> Iterator[Problem]:
             + ("" if places == [show(name)] else f" ({places[0]})")
             for name, places in seen.odd.items()
         }
-        yield Problem(_error(NonFiniteError, "finite values", lines, "tensors"), False)
+        yield Problem(_error(NonFiniteError, "finite values", lines, "tensors", AGAIN), False)
     if seen.bools:
         lines = {name: f"{count} other bytes" for name, count in seen.bools.items()}
-        yield Problem(_error(TensorValueError, "bytes 0 and 1 in tensors of BOOL", lines, "tensors"), False)
+        yield Problem(
+            _error(TensorValueError, "bytes 0 and 1 in tensors of BOOL", lines, "tensors", AGAIN), False
+        )
     empty: dict[str, list[int]] = {}
     for (name, number), peak in seen.peaks.items():
         if not peak:
@@ -168,16 +179,19 @@ def _problems(seen: Values) -> Iterator[Problem]:
 
 def no_values(names: Mapping[str, str]) -> Problem:
     """Experts that hold nothing but zeros."""
-    return Problem(_error(SuspiciousTensorError, "experts with values", names, "tensors"), False)
+    return Problem(_error(SuspiciousTensorError, "experts with values", names, "tensors", AGAIN), False)
 
 
-def _error(kind: type[RestowError], expected: str, found: Mapping[str, str], label: str) -> RestowError:
+def _error(
+    kind: type[RestowError], expected: str, found: Mapping[str, str], label: str, hint: str
+) -> RestowError:
     name, what = next(iter(found.items()))
     return kind(
         expected,
         what if len(found) == 1 else f"{len(found)} tensors without, such as {show(name)}: {what}",
         tensor=name,
         sections=[(label, (f"{show(n)}: {text}" for n, text in found.items()))],
+        hint=hint,
     )
 
 
@@ -235,7 +249,7 @@ def judge_scales(found: Checkpoint, threads: int | None) -> tuple[Problem, ...]:
     parts = (Slice(target, 0) for target in targets.values() if all(target.shape))
     if targets:
         stream(own, parts, look, threads=threads, chunk=1 << 20)
-    return seen.problems()
+    return tuple(located(problem, found, found.path or "") for problem in seen.problems())
 
 
 class Tie:

@@ -21,6 +21,7 @@ from restow.decoded import DecodedTensors, decoded
 from restow.errors import UsageError, show
 from restow.find import Module
 from restow.joining import joined
+from restow.judge import undecodable
 from restow.landing import Wish, pair_modules
 from restow.layout import name_of, shape_of
 from restow.naming import Rename, check_rename, renamed
@@ -55,7 +56,7 @@ def verify(
 
     Without `b`: check `a` against its manifest if it has one, and that its values are finite. `rename` maps names of `a`
     to names of `b`; `sample` (0 to 1) compares a seeded part of the leaves. Two float dtypes are compared in the wider.
-    Raises `UsageError`, and what makes an input unreadable.
+    Raises `UsageError`, and what makes an input unreadable: a side whose codes nobody can decode, too.
     """
     started = time.perf_counter()
     if sample is not None and not 0 < sample <= 1:
@@ -69,6 +70,9 @@ def verify(
     warnings = [str(problem.error) for side in (first, second) for problem in side.problems]
     if strict and warnings:
         raise merged([problem.error for side in (first, second) for problem in side.problems])
+    for side in (first, second):
+        if errors := undecodable(side):
+            raise merged(errors)
     first, second = decoded(first), decoded(second)
     sides = _pair(first, second, rename, experts_only)
     read, compared, found, notes = _compare(
