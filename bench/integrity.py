@@ -5,7 +5,8 @@ usage: python bench/integrity.py [--small] [--rounds N] [--layers N] [--save FIL
 The checkpoint is that of bench/convert.py (four layers in the shape of Qwen3-30B-A3B, 4.9 GB, or `--layers`).
 
     convert       with every digest and look at the values, and with none; both take turns, each in a process of its
-                  own, source in the page cache; the cost is the median over the rounds of (with / without) - 1
+                  own, source in the page cache and free memory touched, as in bench/convert.py; the cost is the median
+                  over the rounds of (with / without) - 1
     verify        of a folder with a manifest, its files evicted from the page cache (posix_fadvise) before each run,
                   beside plain reads of the same evicted files by 1, 2 and 4 threads, the best of which counts; the
                   rate is the best of the rounds on each side
@@ -41,10 +42,13 @@ def converted(source: Path, target: Path, to: str, plain: bool) -> float:
     import restow
     from restow.torch import convert as converting
     from restow.torch.digesting import Digests
+    from restow.torch.passing import Passing
 
     if plain:
+        Passing.look = lambda self, part, begin, data: None  # type: ignore[method-assign]
         Digests.beside = lambda self, filled: nullcontext()  # type: ignore[method-assign,assignment]
         converting.note_of = lambda file, digests: {}
+    full.settle(source)
     started = time.perf_counter()
     restow.convert(source, target, to=to)
     return time.perf_counter() - started
@@ -56,14 +60,6 @@ def evict(folder: Path) -> None:
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
-
-
-def warm(folder: Path) -> None:
-    buffer = bytearray(BLOCK)
-    for path in folder.iterdir():
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
 
 
 def read(folder: Path, threads: int) -> float:
@@ -96,8 +92,6 @@ def cost_of_digests(root: Path, rounds: int) -> list[tuple[str, float, float, fl
         for i in range(rounds):
             pair: dict[bool, float] = {}
             for plain in (False, True) if i % 2 else (True, False):
-                warm(root / "source")
-                os.sync()
                 done = child(__file__, "--one", root / "source", root / "out", to, int(plain))
                 pair[plain] = float(str(done["seconds"]))
                 shutil.rmtree(root / "out")

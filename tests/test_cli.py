@@ -253,7 +253,11 @@ def test_inspect_needs_no_config(tmp_path: Path) -> None:
     code, out, _ = run("inspect", tmp_path / "model.safetensors")
     assert code == 0
     assert "unknown family, 53 tensors in 1 file" in out
-    assert "restow.errors.ConfigError: expected config.json, which names the model family, found none" in out
+    told = "restow.errors.ConfigError: expected config.json, which names the model family, found none"
+    assert f"  problems   0 fatal, 1 other\n    warning  {told}" in out
+    code, out, _ = run("inspect", tmp_path / "model.safetensors", "--json")
+    assert (code, [p["fatal"] for p in json.loads(out)["problems"]]) == (0, [False])
+    assert run("inspect", tmp_path / "model.safetensors", "--strict")[0] == 1
     code, _, err = run("plan", tmp_path / "model.safetensors")
     assert code == 1
     assert err.startswith("restow.errors.ConfigError: ")

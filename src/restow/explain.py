@@ -20,18 +20,21 @@ from restow.wording import MARGIN, amount, field, kinds, many, runs_of, table
 
 
 def inspection(opened: Checkpoint, *, strict: bool = False) -> Answer:
-    """What `open` found. The exit code is 1 if a problem is fatal, or if there is one and `strict`."""
-    data = _facts(opened)
-    refused = [p for p in opened.problems if (p.fatal or strict) and not asks_family(p)]
-    return Answer(data, _inspection_lines(opened, data), BAD_INPUT if refused else DONE)
+    """What `open` found. The exit code is 1 if a problem is fatal, or if there is one and `strict`.
+
+    That no config.json says the family stops other verbs; to look at the files needs none, so here it is a warning.
+    """
+    problems = tuple(p._replace(fatal=p.fatal and not _asks_family(p)) for p in opened.problems)
+    data = _facts(opened, problems)
+    refused = any(problem.fatal or strict for problem in problems)
+    return Answer(data, _inspection_lines(opened, data, problems), BAD_INPUT if refused else DONE)
 
 
-def asks_family(problem: Problem) -> bool:
-    """Whether a problem is only that no config.json says the family: looking at the files needs none."""
+def _asks_family(problem: Problem) -> bool:
     return isinstance(problem.error, ConfigError) and problem.error.found == "none"
 
 
-def _facts(opened: Checkpoint) -> dict[str, Any]:
+def _facts(opened: Checkpoint, problems: Sequence[Problem]) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     dtypes: dict[str, str] = {}
     files: set[str] = set()
@@ -59,7 +62,7 @@ def _facts(opened: Checkpoint) -> dict[str, Any]:
         ],
         "ignorable": [name for name in others if opened.ignorable(name)],
         "others": counted(others),
-        "problems": [{"fatal": problem.fatal, **failure(problem.error)} for problem in opened.problems],
+        "problems": [{"fatal": problem.fatal, **failure(problem.error)} for problem in problems],
     }
 
 
@@ -97,7 +100,9 @@ def _routers(opened: Checkpoint) -> dict[str, list[str]]:
     return found
 
 
-def _inspection_lines(opened: Checkpoint, data: Mapping[str, Any]) -> Iterator[Line]:
+def _inspection_lines(
+    opened: Checkpoint, data: Mapping[str, Any], problems: Sequence[Problem]
+) -> Iterator[Line]:
     head = f"{many(data['tensors'], 'tensor')} in {many(data['files'], 'file')}, {amount(data['bytes'])}"
     yield Line(f"{show(opened.path)}: {data['family'] or 'unknown family'}, {head}", "head")
     if data["sizes"]:
@@ -121,7 +126,7 @@ def _inspection_lines(opened: Checkpoint, data: Mapping[str, Any]) -> Iterator[L
         "others", f"{many(others['tensors'], 'tensor')}, {amount(others['bytes'])}, {kinds(others['dtypes'])}"
     )
     yield field("ignorable", "; ".join(runs_of(data["ignorable"])) or "none")
-    yield from problem_lines(opened.problems)
+    yield from problem_lines(problems)
 
 
 def _row_cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from restow.layout import axis_size
 from restow.planning import Prepared, plan_of
 from restow.targets import Runs, Target
 from restow.torch.dtypes import torch_dtype
-from restow.torch.read import run_plan
+from restow.torch.read import Watch, run_plan
 
 CHUNK = 128 << 20  # bytes of one buffer
 ALIGN = 64
@@ -121,6 +121,7 @@ def fill(
     joint: Joined | None = None,
     memory: Mapping[str, torch.Tensor] | None = None,
     threads: int | None = None,
+    watch: Watch | None = None,
 ) -> tuple[list[Filled], int]:
     """Fill one group in `buffer` (bytes); the filled slices, and the bytes read. Bundles that `joint` knows are one."""
     filled: list[Filled] = []
@@ -149,6 +150,7 @@ def fill(
                 memory=memory,
                 stamps=prepared.source.stamps,
                 threads=threads,
+                watch=watch,
             )
             read += booked.bytes_read
     return filled, read
@@ -186,10 +188,12 @@ def stream(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     chunk: int = CHUNK,
+    watch: Watch | None = None,
 ) -> int:
     """Fill group after group and give each to `hand_on`, in order, in one other thread; the bytes read in all.
 
-    `progress` receives the bytes filled so far. Raises what filling or `hand_on` raises, after both have stopped.
+    `progress` receives the bytes filled so far, `watch` what `run_plan` tells it. Raises what
+    filling or `hand_on` raises, after both have stopped.
     """
     read = done = 0
     buffers: list[torch.Tensor] = []
@@ -206,7 +210,13 @@ def stream(
                 if buffers[number % 2].numel() < need:
                     buffers[number % 2] = torch.empty(need, dtype=torch.uint8)
                 filled, got = fill(
-                    prepared, group, buffers[number % 2], joint=joint, memory=memory, threads=threads
+                    prepared,
+                    group,
+                    buffers[number % 2],
+                    joint=joint,
+                    memory=memory,
+                    threads=threads,
+                    watch=watch,
                 )
                 read += got
                 pending.append(pool.submit(hand_on, filled))

@@ -55,6 +55,7 @@ from restow.torch.encoded import (
     encoders,
     packing_of,
 )
+from restow.torch.passing import Passing
 from restow.torch.read import Progress
 from restow.torch.resume import note_of, recognised, work_of
 from restow.torch.values import judge_scales
@@ -358,7 +359,10 @@ def _write(
     sealed: list[Future[None]] = []
     by_name = {file.name: file for file in job.files}
     total = sum(nbytes(target.dtype, target.shape) for target in job.prepared.targets.values())
-    digests = Digests(job.written, job.files, sha256=sha256 and job.packing is None)
+    passing = Passing(job.prepared) if job.packing is None else None
+    known = passing.digest if passing is not None else None
+    watch = passing.look if passing is not None else None
+    digests = Digests(job.written, job.files, sha256=sha256 and job.packing is None, known=known)
     kept = _kept(job, staging, digests)
     there = {tensor.name for name in kept for tensor in by_name[name].tensors}
     with (
@@ -387,7 +391,7 @@ def _write(
             account(file.name, staging.write(file.name, 0, file.head))
         shown = _progress(progress, total)
         parts = _slices(job, kept, sha256)
-        read = stream(job.prepared, parts, hand_on, threads=threads, progress=shown, chunk=CHUNK)
+        read = stream(job.prepared, parts, hand_on, threads=threads, progress=shown, chunk=CHUNK, watch=watch)
         for future in sealed:
             future.result()
     problems = digests.problems()

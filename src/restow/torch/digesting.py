@@ -1,7 +1,7 @@
 """Every digest of a conversion, and what its values show, made from the chunks that are written, by a thread of its own.
 
 While one thread writes a chunk another hashes it: per tensor in its own order, per leaf, and per file if that
-is asked for. It rejects nothing.
+is asked for. It rejects what `digests` rejects.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from restow.outfiles import OutFile, nbytes
 from restow.planning import Prepared
 from restow.problems import Problem
 from restow.torch.chunks import Filled, raw
-from restow.torch.digests import Leaves
+from restow.torch.digests import Known, Leaves
 from restow.torch.values import Tie, Values, no_values, source_names
 
 
 class Digests:
     """The digests of a destination while it is filled: each tensor in order, with `sha256` each file too."""
 
-    def __init__(self, prepared: Prepared, files: Sequence[OutFile], *, sha256: bool) -> None:
+    def __init__(
+        self, prepared: Prepared, files: Sequence[OutFile], *, sha256: bool, known: Known | None
+    ) -> None:
         self.tensors: dict[str, str] = {}
         self.places = {t.name: (file.name, t.begin) for file in files for t in file.tensors}
-        self.leaves = Leaves(prepared.modules, prepared.owners, prepared.source.family)
+        self.leaves = Leaves(prepared.modules, prepared.owners, prepared.source.family, known)
         self._named = source_names(prepared)
         self._values = Values({}, self._named)
         self._tie = Tie(prepared.source)

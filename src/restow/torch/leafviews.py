@@ -15,6 +15,7 @@ import torch
 from restow.boxes import Run, boxes_of
 from restow.family import Family
 from restow.find import Module
+from restow.layout import axis_size
 from restow.notation import Row
 from restow.targets import Runs
 from restow.torch.leaves import name_index
@@ -73,6 +74,17 @@ def leaf_views(
             leaf = (owner[1], index["e"], index["p"])
             extra = "".join(f".{index[axis]}" for axis in rest)
             yield LeafView(_key(owner[0], leaf, "p" in at, family) + extra, leaf, view, r, c)
+
+
+def whole_sizes(module: Module, view: LeafView) -> tuple[int, int]:
+    """Rows and columns of the whole leaf that a view is part of."""
+    row = module.layout.row(view.leaf[0])
+    rows, cols = ["", "", *inner_axes(row, row.axes)][-2:]
+    return _size(module, row, rows), _size(module, row, cols)
+
+
+def _size(module: Module, row: Row, axis: str) -> int:
+    return axis_size(row, axis, module.sizes) if axis else 1
 
 
 def inner_axes(row: Row, axes: Iterable[str]) -> list[str]:

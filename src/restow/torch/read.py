@@ -41,6 +41,7 @@ WINDOW = 48 << 20  # bytes of all threads' tiles together where reads are to be 
 KEPT = 64  # storages whose bytes a thread keeps at hand
 
 Progress = Callable[[int, int], None]
+Watch = Callable[[Part, int, memoryview], None]  # the part, a byte of it, and what lies there in the file
 
 
 class Booked(NamedTuple):
@@ -77,13 +78,15 @@ def run_plan(
     threads: int | None = None,
     large: bool = False,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Booked:
     """Run `plan` into `tensors` (target name -> local tensor of the shape the target holds), in place.
 
     `root` is the folder of the plan's files, `memory` holds the sources that are tensors. `stamps` are the files' as
     they were when the plan was made: raises `IntegrityError` where one has changed since. Raises `CoverageError` if not
     every planned element was written, `UsageError` for `threads` below 1, and what `files` raises. `large` asks the
-    system for all that a thread takes at once, and reads tiles as large as memory allows, not as the cache does.
+    system for all that a thread takes at once, and reads tiles as large as memory allows, not as the cache does. `watch`
+    is told, by the thread that read them, the bytes of every tile that lies in its file in one piece, before it is moved.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError("threads as a whole number of at least 1", repr(threads))
@@ -97,7 +100,9 @@ def run_plan(
         files = Files(stack, root, stamps or {})
         pool = [
             threading.Thread(
-                target=_work, args=(plan, tensors, memory or {}, files, queue, ledger, tile), daemon=True
+                target=_work,
+                args=(plan, tensors, memory or {}, files, queue, ledger, tile, watch),
+                daemon=True,
             )
             for _ in range(workers)
         ]
@@ -167,9 +172,10 @@ def _work(
     queue: Queue,
     ledger: _Ledger,
     tile: int,
+    watch: Watch | None,
 ) -> None:
     torch.set_num_threads(1)  # this thread is one of ours: ATen must not start a second pool below it
-    worker = _Worker(plan, tensors, memory, files, tile)
+    worker = _Worker(plan, tensors, memory, files, tile, watch)
     ahead = queue.take()
     worker.announce(ahead)
     while ahead and not ledger.stop.is_set():
@@ -230,9 +236,10 @@ class _Worker:
         memory: Mapping[str, torch.Tensor],
         files: Files,
         tile: int,
+        watch: Watch | None,
     ) -> None:
         self._plan, self._tensors, self._memory, self._files = plan, tensors, memory, files
-        self._limit = tile
+        self._limit, self._watch = tile, watch
         self._scratch, self._cast = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
         self._view = raw(self._scratch)
         self._bytes: dict[int, memoryview] = {}
@@ -346,7 +353,7 @@ class _Worker:
             if blocks is not None:
                 return self._straight(source, base, sizes, steps, itemsize, blocks, landings[0])
         how = spans(sizes, steps, itemsize)
-        return self._tiled(source, base, sizes, steps, torch_dtype(part.dtype), how, landings)
+        return self._tiled(source, part, base, sizes, steps, torch_dtype(part.dtype), how, landings)
 
     def _straight(
         self,
@@ -388,6 +395,7 @@ class _Worker:
     def _tiled(
         self,
         source: SourceFile,
+        part: Part,
         base: int,
         sizes: tuple[int, ...],
         steps: tuple[int, ...],
@@ -410,6 +418,8 @@ class _Worker:
                 offset = base + itemsize * dot(place, steps)
                 tile, got = self._tile(source, offset, shape, steps[axis:], dtype, how, axis)
                 read += got
+                if self._watch is not None and how.outer <= axis and not how.rows:
+                    self._watch(part, offset - part.begin, self._view[: tile.nbytes])
                 for landing in landings:
                     to = landing.offset + dot(place, landing.strides)
                     into = landing.tensor.as_strided(shape, landing.strides[axis:], to)

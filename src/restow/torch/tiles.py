@@ -6,11 +6,11 @@ cast is made on the contiguous tile before it is moved. Views only: nothing here
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from restow.torch.transpose import LINE, copy_transposed
+from restow.torch.transpose import copy_transposed
 
 Axes = list[tuple[int, int, int]]  # (size, source stride, destination stride), slowest in the source first
 
@@ -33,16 +33,6 @@ def move(dst: torch.Tensor, src: torch.Tensor) -> None:
         tile = src.as_strided((rows[0], cols[0]), (rows[1], cols[1]), src.storage_offset() + at)
         into = dst.as_strided((rows[0], cols[0]), (rows[2], cols[2]), dst.storage_offset() + to)
         copy_transposed(into, tile)
-
-
-def strips(matrix: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
-    """A matrix cut into runs of rows of about `limit` bytes, in whole cache lines of a column where columns are
-    what lies in memory."""
-    rows, cols = matrix.shape
-    line = LINE // matrix.element_size()
-    step = max(line, limit // max(1, cols * matrix.element_size()) // line * line)
-    for first in range(0, rows, step):
-        yield matrix[first : first + step]
 
 
 def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:

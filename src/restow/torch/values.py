@@ -1,8 +1,8 @@
 """What only the values show: NaN and infinity, bytes that are no bool, experts of zeros, scales that are none.
 
-A value is looked at where it lies, once, on its way to somewhere else: doubling an element's bits drops its sign, and
-the largest of them then tells whether any is NaN or infinite, and whether all are zero. It changes no value and rejects
-nothing: its findings are `Problem`s, of which only scales without a value are fatal.
+A value is looked at where it lies, on its way to somewhere else: the largest of its elements' bits, once as signed and
+once as unsigned numbers, tells whether any is NaN or infinite, and whether all are zero. It changes no value and
+rejects nothing: its findings are `Problem`s, of which only scales without a value are fatal.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ from restow.targets import whole_target
 from restow.torch.chunks import Filled, Slice, raw, stream
 from restow.torch.leaves import name_index
 
-BLOCK = 1 << 16  # elements that are looked at together: they stay in the cache
+BLOCK = 1 << 18  # elements that are looked at together: they stay in the cache
 AGAIN = "get the file again unless it was trained so: values are kept as they are"
 NAMED = 20  # places of one tensor that are told
-# The doubled bits of infinity, or of the lowest NaN where a dtype has no infinity.
+# The bits of infinity, or of the lowest NaN where a dtype has no infinity.
 LIMITS = {
-    "F64": 0xFFE0 << 48, "F32": 0xFF00 << 16, "F16": 0xF800, "BF16": 0xFF00, "F8_E4M3": 0xFE, "F8_E5M2": 0xF8,
+    "F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C,
 }  # fmt: skip
 UNSIGNED: Mapping[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+SIGNED: Mapping[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 Array = np.ndarray[Any, Any]
 Names = Callable[[str, tuple[int, ...]], str]  # how an element of a tensor is named for people
@@ -99,18 +100,17 @@ class Values:
         self, name: str, dtype: str, shape: tuple[int, ...], key: int | None, first: int, part: Array
     ) -> None:
         limit, peak = LIMITS.get(dtype, 0), 0
-        room = np.empty(min(BLOCK, len(part)), part.dtype)
+        sign = 1 << (8 * part.itemsize - 1)
         for at in range(0, len(part), BLOCK):
             block = part[at : at + BLOCK]
             if dtype == "BOOL":
                 if int(block.max()) > 1:
                     self.bools[name] = self.bools.get(name, 0) + int(np.count_nonzero(block > 1))
                 continue
-            doubled = np.add(block, block, out=room[: len(block)])
-            highest = int(doubled.max())
-            peak = max(peak, highest)
-            if highest >= limit:
-                places = np.flatnonzero(doubled >= limit)
+            above, below = int(block.view(SIGNED[part.itemsize]).max()), int(block.max()) - sign
+            peak = max(peak, above, below)
+            if max(above, below) >= limit:
+                places = np.flatnonzero(block & np.array(sign - 1, block.dtype) >= limit)
                 self.counts[name] = self.counts.get(name, 0) + len(places)
                 told = self.odd.setdefault(name, [])
                 for place in places[: NAMED - len(told)]:
