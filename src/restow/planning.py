@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
-from restow.boxes import whole
+from restow.boxes import strides_of, whole
 from restow.checkpoint import Checkpoint
 from restow.codecs import Codec
 from restow.coding import Coding
@@ -366,7 +366,8 @@ class _Draft:
             shape, start = coded.shape, (0,) * len(coded.shape)
         codec = coded.codec
         grids = tuple(grid for _, grid in coded.scales)
-        coding = Coding(codec.name, codec.element, codec.bits, shape, start, grids)
+        apart = strides_of(shape)[coded.packed]
+        coding = Coding(codec.name, codec.element, codec.bits, shape, start, grids, apart)
         scales = range(len(self.parts) + 1, len(self.parts) + 1 + len(coded.scales))
         dtype = raw[coded.name].dtype
         at = self.codings.setdefault(coding, len(self.codings))
