@@ -15,6 +15,7 @@ from restow import errors
 
 E, F, D = 3, 160, 224
 EXPERTS = "model.layers.0.mlp.experts"
+Q_PROJ, SHARED = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.shared_expert.down_proj"
 FP8 = torch.float8_e4m3fn
 
 
@@ -138,14 +139,14 @@ FORMATS = {
 
 
 def build(folder: Path, form: Format) -> tuple[Path, State, State]:
-    """(folder, stored, values): split experts in a format, and one weight outside them."""
+    """(folder, stored, values): split experts in a format, and two weights outside them, one named as stacked ones are."""
     stored, values = rest(E, D), State()
     shapes = {
         f"{EXPERTS}.{e}.{k}_proj": (D, F) if k == "down" else (F, D)
         for e in range(E)
         for k in ("gate", "up", "down")
     }
-    shapes["model.layers.0.self_attn.q_proj"] = (96, D)
+    shapes |= {Q_PROJ: (96, D), SHARED: (D, 96)}
     for seed, (name, shape) in enumerate(shapes.items()):
         parts, values[f"{name}.weight"] = form.store(seed, *shape)
         stored |= {f"{name}{end}": tensor for end, tensor in parts.items()}
@@ -157,7 +158,7 @@ def test_decodes_like_its_formula(tmp_path: Path, kind: str) -> None:
     folder, _, values = build(tmp_path / "a", FORMATS[kind])
     assert restow.open(folder).problems == ()
     want = {**grouped(values, E), **rest(E, D)}
-    want["model.layers.0.self_attn.q_proj.weight"] = values["model.layers.0.self_attn.q_proj.weight"]
+    want |= {f"{name}.weight": values[f"{name}.weight"] for name in (Q_PROJ, SHARED)}
     for dtype in (torch.float32, torch.bfloat16):
         into = {name: torch.full_like(value, 7, dtype=dtype) for name, value in want.items()}
         made = restow.plan(folder, into)
