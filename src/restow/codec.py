@@ -28,8 +28,8 @@ MODELOPT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 BITS: Mapping[tuple[str, bool], tuple[str, ...]] = MappingProxyType({  # by type, and whether scales are coded too
     ("nf4", False): ("nf4", "nf4_experts"),
     ("fp4", False): ("bnb_fp4", "bnb_fp4_experts"),
-    ("nf4", True): ("nf4_double",),
-    ("fp4", True): ("bnb_fp4_double",),
+    ("nf4", True): ("nf4_double", "nf4_experts"),  # stacked experts have plain scales beside double-quantised linears
+    ("fp4", True): ("bnb_fp4_double", "bnb_fp4_experts"),
 })  # fmt: skip
 KNOWN = (
     "fp8",

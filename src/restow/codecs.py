@@ -167,10 +167,6 @@ class Codec(NamedTuple):
     def companions(self, spares: bool) -> tuple[Companion, ...]:
         return (*self.scales, *(self.spares if spares else ()))
 
-    def ragged(self, role: str) -> bool:
-        """Whether the tensors of a companion's row have lengths of their own."""
-        return any(scale.how == "offset" and role.endswith(scale.role) for scale in self.scales)
-
 
 def rounds(codec: Codec, dtype: str) -> bool:
     """Whether values may have more digits than `dtype` holds."""
@@ -232,6 +228,15 @@ def suits(layout: Layout, codec: Codec) -> bool:
     return is_linear(layout, -2 if codec.across else -1)
 
 
+def ragged(row: Row) -> bool:
+    """Whether the tensors of a row have lengths of their own: notes that values depend on."""
+    return row.role.startswith(f"{row.base}.scale") and _length(row.base) in row.dims
+
+
+def _length(base: str) -> Dim:
+    return Dim((Factor(f"s{base}"),))
+
+
 def spelled(pattern: str, name: str) -> str:
     """The name of a weight's companion, or of its codes."""
     for word, end in (("{-}", ".weight"), ("{_}", "_proj"), ("{}", "")):
@@ -268,7 +273,7 @@ def _dim(word: str, matrix: dict[str, Dim], block: tuple[int, int], base: str) -
     if letter == "rc":
         return Dim((*matrix["r"].factors, *matrix["c"].factors), int(by))
     if letter == "?":
-        return Dim((Factor(f"s{base}"),))
+        return _length(base)
     if letter not in matrix:
         return Dim((Factor("", 1, int(word)),))
     divisor = int(by) if by.isdecimal() else {"": 1, "R": block[0], "C": block[1]}[by]
