@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import restow
 from coded import State, config, grouped, rest, write
-from restow import errors
+from restow import Layout, errors
+from restow.plans import Plan
 
 E, F, D = 3, 128, 192
 EXPERTS = "model.layers.0.mlp.experts"
@@ -181,28 +182,84 @@ def test_converts_verifies_and_is_kept(tmp_path: Path, form: str) -> None:
     assert not (tmp_path / "o").exists()
 
 
-def test_double_quantised_converts_and_is_not_carried(tmp_path: Path) -> None:
+def test_double_quantised_is_carried_note_by_note(tmp_path: Path) -> None:
+    """Notes differ in length from expert to expert; each goes with its weight."""
     folder, stored, _ = double(tmp_path / "a")
     restow.convert(folder, tmp_path / "g", to="grouped")
     assert restow.open(tmp_path / "g").problems == ()
     assert restow.verify(folder, tmp_path / "g").equal
-    lengths = {
-        t.numel() for n, t in stored.items() if "quant_state" in n and "experts" in n and "down" not in n
-    }
-    expected = (
-        f"expected notes of one length beside nf4_double codes, to carry them along, found {min(lengths)} to "
-        f"{max(lengths)} bytes\n"
-        f"  tensor    {EXPERTS}.0.gate_proj.weight.quant_state.bitsandbytes__nf4\n"
-        f"  in        {folder}\n"
-        "  try       without keep_quantized, or into plain tensors, the weights are decoded"
+    notes = {name: t for name, t in stored.items() if name.startswith(EXPERTS) and "quant_state" in name}
+    assert len({t.numel() for name, t in notes.items() if "down" not in name}) > 1
+    chosen = [2, 0, 2]
+    restow.convert(folder, tmp_path / "k", to="split", experts=chosen, keep_quantized=True)
+    kept = load_file(tmp_path / "k" / "model.safetensors")
+    for name, tensor in kept.items():
+        first, _, rest_of_it = name.removeprefix(f"{EXPERTS}.").partition(".")
+        before = f"{EXPERTS}.{chosen[int(first)]}.{rest_of_it}" if name.startswith(EXPERTS) else name
+        if before in stored and "gate.weight" not in name:
+            assert torch.equal(tensor, stored[before]), name
+    assert sum(name.startswith(EXPERTS) for name in kept) == sum(name.startswith(EXPERTS) for name in stored)
+    restow.convert(folder, tmp_path / "all", to=Layout.parse("""
+        in    linear.{p:0|1}.{e}.weight   f d
+        out   linear.2.{e}.weight         d f
+    """), keep_quantized=True)  # fmt: skip
+    assert restow.verify(folder, tmp_path / "all").equal
+    restow.convert(tmp_path / "all", tmp_path / "back", to="source")
+    name = "model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+    into = {name: torch.full_like(tensor, 7) for name, tensor in stored.items()}
+    made = restow.plan(folder, into)
+    assert Plan.from_json(made.to_json()) == made
+    assert restow.load(folder, into).bytes_read == made.bytes == sum(t.nbytes for t in stored.values())
+    assert all(torch.equal(into[name], tensor) for name, tensor in stored.items())
+
+
+def test_double_quantised_is_not_carried_elsewhere(tmp_path: Path) -> None:
+    folder, stored, _ = double(tmp_path / "a")
+    with pytest.raises(errors.QuantizationError) as caught:
+        restow.convert(folder, tmp_path / "k", to="fused", keep_quantized=True)
+    assert str(caught.value) == (
+        f"expected a tensor for each of the nf4_double weights of {EXPERTS}, to carry them along: each has a note of its own, "
+        "found 'in.scale4 gate_up_proj.quant_state.bitsandbytes__nf4 e sin'\n"
+        "  try       take a layout such as split, or decode them: without keep_quantized any layout can hold them"
     )
-    with pytest.raises(errors.QuantizationError) as caught:
-        restow.convert(folder, tmp_path / "k", to="split", keep_quantized=True)
-    assert str(caught.value) == expected
     assert not (tmp_path / "k").exists()
+    into = {name: torch.empty_like(tensor) for name, tensor in stored.items()}
+    note = f"{BROKEN}.quant_state.bitsandbytes__nf4"
+    into[note] = torch.empty(99, dtype=torch.uint8)
     with pytest.raises(errors.QuantizationError) as caught:
-        restow.load(folder, {name: torch.empty_like(tensor) for name, tensor in stored.items()})
-    assert str(caught.value) == expected
+        restow.load(folder, into)
+    assert str(caught.value) == (
+        f"expected {stored[note].numel()} bytes in {note}, as {note} of the source has, found [99]\n"
+        f"  tensor    {note}\n"
+        "  try       make the destination of this source: notes have lengths of their own"
+    )
+
+
+def test_stacked_experts_beside_double_quantised_linears(tmp_path: Path) -> None:
+    """`Experts4bit` has plain scales whatever the config says of the linear layers."""
+    folder, stored, values = stacked(tmp_path / "a")
+    _, others, others_values = double(tmp_path / "b")
+    stored |= {name: t for name, t in others.items() if name.startswith(Q_PROJ)}
+    values[Q_PROJ] = others_values[Q_PROJ]
+    about_it = config(about(bnb_4bit_use_double_quant=True), E, F, D)
+    write(folder, stored, about_it)
+    assert restow.open(folder).problems == ()
+    into = {n: torch.full(v.shape, 7.0) for n, v in {**wanted(values), Q_PROJ: values[Q_PROJ]}.items()}
+    restow.load(folder, into, part=True)
+    assert all(torch.equal(into[name], value) for name, value in wanted(values).items())
+    assert torch.equal(into[Q_PROJ], values[Q_PROJ])
+    restow.convert(folder, tmp_path / "k", to="fused", keep_quantized=True, experts=[1, 0])
+    assert restow.open(tmp_path / "k").problems == ()
+    stored[f"{EXPERTS}.down_absmax"] = torch.zeros(E, F * D // 64, dtype=torch.uint8)
+    write(folder, stored, about_it)
+    (error,) = [p.error for p in restow.open(folder).problems if p.fatal]
+    assert type(error) is errors.QuantizationError
+    assert str(error) == (
+        "expected codes of nf4_experts in U8, scales in F32, as quant_method bitsandbytes is read, found U8\n"
+        f"  tensors   {EXPERTS}.down_absmax U8\n"
+        f"  in        {folder}"
+    )
 
 
 def test_broken_notes_of_double_quantisation(tmp_path: Path) -> None:
@@ -221,13 +278,6 @@ def test_broken_notes_of_double_quantisation(tmp_path: Path) -> None:
     (error,) = [p.error for p in restow.open(folder).problems if p.fatal]
     assert type(error) is errors.QuantizationError
     assert f"{BROKEN}.nested_absmax" in str(error)
-    folder, stored, _ = stacked(tmp_path / "stacked")
-    write(folder, stored, config(about(bnb_4bit_use_double_quant=True), E, F, D))
-    with pytest.raises(
-        errors.RestowError, match=r"down_absmax"
-    ):  # stacked experts have no rows for such scales
-        restow.convert(folder, tmp_path / "g", to="grouped")
-    assert not (tmp_path / "g").exists()
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from restow import errors
 
 E, F, D = 3, 160, 224
 EXPERTS = "model.layers.0.mlp.experts"
+Q_PROJ, SHARED = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.shared_expert.down_proj"
 FP8 = torch.float8_e4m3fn
 
 
@@ -138,14 +139,14 @@ FORMATS = {
 
 
 def build(folder: Path, form: Format) -> tuple[Path, State, State]:
-    """(folder, stored, values): split experts in a format, and one weight outside them."""
+    """(folder, stored, values): split experts in a format, and two weights outside them, one named as stacked ones are."""
     stored, values = rest(E, D), State()
     shapes = {
         f"{EXPERTS}.{e}.{k}_proj": (D, F) if k == "down" else (F, D)
         for e in range(E)
         for k in ("gate", "up", "down")
     }
-    shapes["model.layers.0.self_attn.q_proj"] = (96, D)
+    shapes |= {Q_PROJ: (96, D), SHARED: (D, 96)}
     for seed, (name, shape) in enumerate(shapes.items()):
         parts, values[f"{name}.weight"] = form.store(seed, *shape)
         stored |= {f"{name}{end}": tensor for end, tensor in parts.items()}
@@ -157,7 +158,7 @@ def test_decodes_like_its_formula(tmp_path: Path, kind: str) -> None:
     folder, _, values = build(tmp_path / "a", FORMATS[kind])
     assert restow.open(folder).problems == ()
     want = {**grouped(values, E), **rest(E, D)}
-    want["model.layers.0.self_attn.q_proj.weight"] = values["model.layers.0.self_attn.q_proj.weight"]
+    want |= {f"{name}.weight": values[f"{name}.weight"] for name in (Q_PROJ, SHARED)}
     for dtype in (torch.float32, torch.bfloat16):
         into = {name: torch.full_like(value, 7, dtype=dtype) for name, value in want.items()}
         made = restow.plan(folder, into)
@@ -246,33 +247,6 @@ def test_per_expert_scales_of_stacked_weights(tmp_path: Path) -> None:
     restow.load(folder, into, part=True)
     for name, value in values.items():
         assert torch.equal(into[name], value)
-
-
-def test_codes_packed_across_are_refused_by_name(tmp_path: Path) -> None:
-    """Llama 4 in NVFP4: stacked in-major, two elements of the input axis in a byte, which is not the last dim."""
-    e, f, d, path = 3, 32, 64, "model.layers.0.feed_forward.experts"
-    state = rest(e, d)
-    state["model.layers.0.feed_forward.router.weight"] = state.pop("model.layers.0.mlp.gate.weight")
-    for name, (inner, outer) in {"gate_up_proj": (d, 2 * f), "down_proj": (f, d)}.items():
-        state[f"{path}.{name}"] = codes(1, e, inner // 2, outer)
-        state[f"{path}.{name}_weight_scale"] = torch.ones(e, inner // 16, outer).to(FP8)
-        state[f"{path}.{name}_weight_scale_2"] = torch.tensor(0.5)
-        state[f"{path}.{name}_input_scale"] = torch.tensor(0.25)
-    about = {"model_type": "llama4_text", "num_local_experts": e, "intermediate_size_mlp": f}
-    about |= {"intermediate_size": f, "interleave_moe_layer_step": 1}
-    folder = write(tmp_path / "a", state, {**config(FORMATS["nvfp4"].about, e, f, d), **about})
-    (error,) = [problem.error for problem in restow.open(folder).problems if problem.fatal]
-    assert type(error) is errors.QuantizationError
-    assert str(error) == (
-        "expected codes packed along the last dim, as in [E, out, in/2], "
-        "found U8 [3, 16, 64] packed along dim 1 in 2 tensors\n"
-        f"  tensors   {path}.down_proj [3, 16, 64]\n"
-        f"            {path}.gate_up_proj [3, 32, 64]\n"
-        "  try       take the checkpoint in bfloat16 or FP8, or decode this one with the tool that wrote it"
-    )
-    with pytest.raises(errors.QuantizationError, match="packed along dim 1"):
-        restow.convert(folder, tmp_path / "g", to="grouped")
-    assert not (tmp_path / "g").exists()
 
 
 @pytest.mark.parametrize("about", [

@@ -12,7 +12,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from restow.codec import SUFFIX, Announced, packed_across, with_scales
+from restow.codec import SUFFIX, Announced, with_scales
 from restow.entries import Entry
 from restow.errors import show
 from restow.family import Family
@@ -130,15 +130,13 @@ def survey(
         beside=family.passes_over if family is not None and family.beside else _nobody,
         codec=codec,
     )
-    across = packed_across(tensors, codec)
-    errors = (across,) if across is not None else found.errors  # what else is odd about it follows from that
     return Checkpoint(
         tensors=tensors,
         family=family,
         modules=found.modules,
         routers={name: row for name in found.others if (row := routers.row(name)) is not None},
         sizes=sizes,
-        problems=(*problems, *(Problem(error, True) for error in errors)),
+        problems=(*problems, *(Problem(error, True) for error in found.errors)),
         path=path,
         config=config,
         given=given,

@@ -13,25 +13,23 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from restow.codecs import CODECS, COMPANIONS, Codec, coded_layouts, is_linear
-from restow.entries import Entry
+from restow.codecs import CODECS, COMPANIONS, Codec, coded_layouts, suits
 from restow.errors import ConfigError, QuantizationError, RestowError, show
 from restow.family import Spelling
 
 SECTIONS = ("quantization_config", "compression_config")
 SUFFIX = "_scale_inv"
-ACROSS = "_weight_scale"  # of stacked weights that have no `.weight` in their names
 SCALE = ".scale"  # what the role of a companion row ends with
 BLOCK_LIMIT = 2**20
 METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType({"mxfp4": ("mxfp4",), "mxfp8": ("mxfp8",)})
 MODELOPT: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"NVFP4": ("nvfp4",), "FP8_PB_WO": ("fp8_modelopt",)}
+    {"NVFP4": ("nvfp4", "nvfp4_across"), "FP8_PB_WO": ("fp8_modelopt",)}
 )
 BITS: Mapping[tuple[str, bool], tuple[str, ...]] = MappingProxyType({  # by type, and whether scales are coded too
     ("nf4", False): ("nf4", "nf4_experts"),
     ("fp4", False): ("bnb_fp4", "bnb_fp4_experts"),
-    ("nf4", True): ("nf4_double",),
-    ("fp4", True): ("bnb_fp4_double",),
+    ("nf4", True): ("nf4_double", "nf4_experts"),  # stacked experts have plain scales beside double-quantised linears
+    ("fp4", True): ("bnb_fp4_double", "bnb_fp4_experts"),
 })  # fmt: skip
 KNOWN = (
     "fp8",
@@ -218,49 +216,16 @@ def _block(block: object) -> tuple[int, int] | None:
 
 
 def with_scales(spellings: Sequence[Spelling], said: Announced | None) -> tuple[Spelling, ...]:
-    """The spellings, those of matrices as torch's Linear keeps them also as the announced codecs store them."""
+    """The spellings, those with the input axis where an announced codec has it also as that codec stores them."""
     coded = [
         replace(s, layout=layout, codec=codec)
         for s in spellings
-        if said is not None
-        and is_linear(s.layout)
-        and not any(row.role.endswith(COMPANIONS) for row in s.layout.rows)
+        if said is not None and not any(row.role.endswith(COMPANIONS) for row in s.layout.rows)
         for codec in said.codecs
+        if suits(s.layout, codec)
         for layout in coded_layouts(s.layout, codec)
     ]
     return (*coded, *spellings)
-
-
-def packed_across(tensors: Mapping[str, Entry], said: Announced | None) -> RestowError | None:
-    """What is wrong with stacked codes that are packed along the input axis where that is not the last, if any are.
-
-    NVFP4 of Llama 4: bytes [E, in/2, out] beside scales [E, in/16, out]. Rows pack along the last dim alone.
-    """
-    words = {
-        dtype
-        for codec in (said.codecs if said is not None else ())
-        if codec.bits < 8
-        for dtype in codec.dtypes
-    }
-    if not words:
-        return None
-    found = []
-    for name, entry in tensors.items():
-        if entry.dtype not in words or len(entry.shape) != 3 or name + ACROSS not in tensors:
-            continue
-        scale = tensors[name + ACROSS].shape
-        if len(scale) == 3 and scale[::2] == entry.shape[::2] and scale[1] < entry.shape[1]:
-            found.append(name)
-    if not found:
-        return None
-    first = tensors[found[0]]
-    return QuantizationError(
-        "codes packed along the last dim, as in [E, out, in/2]",
-        f"{first.dtype} {list(first.shape)} packed along dim 1 in {len(found)} tensors",
-        tensor=found[0],
-        sections=[("tensors", (f"{show(n)} {list(tensors[n].shape)}" for n in found))],
-        hint="take the checkpoint in bfloat16 or FP8, or decode this one with the tool that wrote it",
-    )
 
 
 def lost_scales(names: Sequence[str]) -> RestowError:

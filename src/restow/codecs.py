@@ -5,7 +5,8 @@
       scale    {}_scale_inv   r/R c/C   multiply  F32 F16 BF16 F8_E8M0
 
 A codec is a record: what an element's bits mean, and rows below the weight's name `{}` (`{-}`: without `.weight`,
-`{_}`: without `_proj`). `r c` stand for the weight's last two dims, `rc` for both in one, `R C` for the block that the
+`{_}`: without `_proj`). `r c` stand for the weight's last two dims (codes `r/2 c` are packed along the first of them, which is
+then the input axis), `rc` for both in one, `R C` for the block that the
 config announces, `?` for a length that only the file says; dims before the last two stay before them.
 Companions (`scale`, `scale2`) say how they act on the element; `spare` rows are carried along and change no value, or
 follow from this table: the element's `values`, a `note` of type and shape.
@@ -85,6 +86,11 @@ nvfp4              e2m1  4  U8
   scale    {}_scale              r c/16       multiply  F8_E4M3
   scale2   {}_scale_2            -            multiply  F32
   spare    {-}.input_scale       -
+nvfp4_across       e2m1  4  U8
+  codes    {}                    r/2 c
+  scale    {-}_weight_scale      r/16 c       multiply  F8_E4M3
+  scale2   {-}_weight_scale_2    -            multiply  F32
+  spare    {-}_input_scale       -
 nvfp4_packed       e2m1  4  U8
   codes    {}_packed             r c/2
   scale    {}_scale              r c/16       multiply  F8_E4M3
@@ -149,16 +155,17 @@ class Codec(NamedTuple):
     block: tuple[int, int] = (0, 0)
 
     @property
+    def across(self) -> bool:
+        """Whether several elements of the last dim but one share a place of the codes: then that is the input axis."""
+        return any(dim.startswith("r/") for dim in self.codes.dims)
+
+    @property
     def exact(self) -> bool:
         """Whether every scale is a power of two, so that a value has no more digits than its code."""
         return all(scale.how == "exponent" for scale in self.scales)
 
     def companions(self, spares: bool) -> tuple[Companion, ...]:
         return (*self.scales, *(self.spares if spares else ()))
-
-    def ragged(self, role: str) -> bool:
-        """Whether the tensors of a companion's row have lengths of their own."""
-        return any(scale.how == "offset" and role.endswith(scale.role) for scale in self.scales)
 
 
 def rounds(codec: Codec, dtype: str) -> bool:
@@ -206,11 +213,28 @@ def coded_layouts(layout: Layout, codec: Codec, roles: Sequence[str] = WEIGHTS) 
         yield Layout(tuple(rows))
 
 
-def is_linear(layout: Layout) -> bool:
-    """Whether every weight has its input axis last, as torch's Linear: then a row of a scale grid is one of outputs."""
-    last = {row.role: str(row.dims[-1]) for row in layout.rows if row.role in WEIGHTS and len(row.dims) > 1}
+def is_linear(layout: Layout, at: int = -1) -> bool:
+    """Whether every weight has its input axis last, as torch's Linear: then a row of a scale grid is one of outputs.
+
+    `at` -2: whether it has it before the last, as `x @ W` wants it.
+    """
+    there = {row.role: str(row.dims[at]) for row in layout.rows if row.role in WEIGHTS and len(row.dims) > 1}
     wanted = {"in": "d", "out": "f", "in2": "d", "out2": "f"}
-    return {"in", "out"} <= last.keys() and all(wanted[role] == axis for role, axis in last.items())
+    return {"in", "out"} <= there.keys() and all(wanted[role] == axis for role, axis in there.items())
+
+
+def suits(layout: Layout, codec: Codec) -> bool:
+    """Whether a layout has the input axis where a codec's rows have it."""
+    return is_linear(layout, -2 if codec.across else -1)
+
+
+def ragged(row: Row) -> bool:
+    """Whether the tensors of a row have lengths of their own: notes that values depend on."""
+    return row.role.startswith(f"{row.base}.scale") and _length(row.base) in row.dims
+
+
+def _length(base: str) -> Dim:
+    return Dim((Factor(f"s{base}"),))
 
 
 def spelled(pattern: str, name: str) -> str:
@@ -249,7 +273,7 @@ def _dim(word: str, matrix: dict[str, Dim], block: tuple[int, int], base: str) -
     if letter == "rc":
         return Dim((*matrix["r"].factors, *matrix["c"].factors), int(by))
     if letter == "?":
-        return Dim((Factor(f"s{base}"),))
+        return _length(base)
     if letter not in matrix:
         return Dim((Factor("", 1, int(word)),))
     divisor = int(by) if by.isdecimal() else {"": 1, "R": block[0], "C": block[1]}[by]

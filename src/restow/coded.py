@@ -41,12 +41,16 @@ NOTE_LIMIT = 4096  # bytes of the JSON beside a weight of bitsandbytes
 
 
 class Coded(NamedTuple):
-    """A coded weight: the raw name of its codes, and (raw name, how it is found) of every scale."""
+    """A coded weight: the raw name of its codes, and (raw name, how it is found) of every scale.
+
+    `packed` is the dim along which elements share a byte, where they do.
+    """
 
     codec: Codec
     name: str
     shape: tuple[int, ...]
     scales: tuple[tuple[str, Grid], ...]
+    packed: int = -1
 
 
 def logical_row(codec: Codec, row: Row) -> Row:
@@ -237,7 +241,7 @@ class CodedWeights(Mapping[str, Coded]):
                     f"rows of {columns} in {show(raw)}",
                     raw,
                 )
-        return Coded(codec, raw, shape, tuple(grids))
+        return Coded(codec, raw, shape, tuple(grids), -2 if codec.across else -1)
 
     def codec(self, name: str) -> Codec:
         """What a weight is coded in."""

@@ -2,7 +2,8 @@
 
 Integers only, for the plan that counts and the executor that reads alike. Elements are counted in the row-major order of
 the decoded tensor; packed ones lie low nibble first, which in little-endian words of any width is the order of their
-bits. A scale's place follows from an element's place, dim by dim (`Term`), never from a ratio of shapes.
+bits. Those that share a byte are neighbours along one dim, the last or another (`Coding.apart`). A scale's place follows
+from an element's place, dim by dim (`Term`), never from a ratio of shapes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ class Grid(NamedTuple):
 
 
 class Coding(NamedTuple):
-    """A part's codes: what their bits mean, the decoded shape of the piece, where in the whole it begins, its scales."""
+    """A part's codes: what their bits mean, the decoded shape of the piece, where in the whole it begins, its scales.
+
+    Elements that share a byte lie `apart` elements from each other: 1 where they are packed along the last dim, else the
+    stride of the dim that they are packed along.
+    """
 
     codec: str
     element: str
@@ -46,32 +51,78 @@ class Coding(NamedTuple):
     shape: tuple[int, ...]
     start: tuple[int, ...]
     grids: tuple[Grid, ...]
+    apart: int = 1
+
+    @property
+    def per(self) -> int:
+        """Elements in a byte."""
+        return 8 // self.bits
 
 
 class Bytes(NamedTuple):
-    """A box of codes as bytes of the part: from byte `at`, sizes and steps; `lead` elements of the first are not wanted.
+    """A box of codes as bytes of the part: from byte `at`, sizes and steps.
 
-    The last axis is packed bytes, `wanted` elements of each run, where elements have fewer than 8 bits.
+    Where elements have fewer than 8 bits, axis number `packed` counts bytes: `wanted` elements of each run, but for the
+    first `lead`.
     """
 
     at: int
     sizes: tuple[int, ...]
     steps: tuple[int, ...]
-    lead: int
-    wanted: int
+    packed: int = -1
+    lead: int = 0
+    wanted: int = 0
 
 
-def byte_box(bits: int, at: int, sizes: Sequence[int], steps: Sequence[int]) -> Bytes:
-    """The bytes of a box of elements. Of packed ones the last axis must step by 1, or there is none."""
-    if bits == 8:
-        return Bytes(at, tuple(sizes), tuple(steps), 0, 0)
-    per = 8 // bits
-    inner = bool(steps) and steps[-1] == 1
-    count = sizes[-1] if inner else 1
-    lead = at % per
-    outer = len(sizes) - inner
+def byte_box(coding: Coding, at: int, sizes: Sequence[int], steps: Sequence[int]) -> Bytes:
+    """The bytes of a box of elements; one more axis where none of the box runs along the packed dim."""
+    per, apart = coding.per, coding.apart
+    if per == 1:
+        return Bytes(at, tuple(sizes), tuple(steps))
+    number, beside = divmod(at, apart)
+    lead = number % per
+    outer = sum(step > apart for step in steps)
+    inner = outer < len(steps) and steps[outer] == apart
+    count = sizes[outer] if inner else 1
     run = -(-(lead + count) // per)
-    return Bytes(at // per, (*sizes[:outer], run), (*(step // per for step in steps[:outer]), 1), lead, count)
+    rest = slice(outer + inner, None)
+    return Bytes(
+        number // per * apart + beside,
+        (*sizes[:outer], run, *sizes[rest]),
+        (*(step // per for step in steps[:outer]), apart, *steps[rest]),
+        outer,
+        lead,
+        count,
+    )
+
+
+class Tile(NamedTuple):
+    """A part of a box of codes in elements: the axes of the box that it has, its first place along every axis of the
+    box, its sizes; `lead` elements of the first byte of a run are not wanted."""
+
+    axes: tuple[int, ...]
+    place: tuple[int, ...]
+    sizes: tuple[int, ...]
+    lead: int
+
+
+def tile_of(codes: Bytes, per: int, place: tuple[int, ...], sizes: tuple[int, ...]) -> Tile:
+    """The tile of a part of a box of bytes: from `place`, which ends with the axis that tiles are cut along, on.
+
+    One more axis where all its bytes are of one place along the packed one.
+    """
+    axis, packed = max(0, len(place) - 1), codes.packed
+    axes = tuple(range(axis, axis + len(sizes)))
+    if packed < 0:
+        return Tile(axes, place, sizes, 0)
+    if packed < axis:
+        axes, sizes = (packed, *axes), (1, *sizes)
+    byte, at = (place[packed] if packed <= axis else 0), axes.index(packed)
+    begin = max(0, per * byte - codes.lead)
+    end = min(codes.wanted, per * (byte + sizes[at]) - codes.lead)
+    if packed <= axis:
+        place = (*place[:packed], begin, *place[packed + 1 :])
+    return Tile(axes, place, (*sizes[:at], end - begin, *sizes[at + 1 :]), begin + codes.lead - per * byte)
 
 
 @lru_cache(maxsize=4096)
@@ -125,8 +176,8 @@ def jobs(
         return
     inner = max(1, prod(sizes[1:]) * coding.bits // 8)
     step = max(1, JOB // inner) if len(sizes) > 1 else sizes[0]
-    if step > 128:
-        step -= step % 128  # whole blocks: a scale that two jobs need is read twice
+    if step < sizes[0]:  # whole blocks: what two jobs need, a scale or a byte of two codes, is read twice
+        step -= step % next((n for n in (128, 16, 2) if step > n), 1)
     for first in range(0, sizes[0], step):
         yield first, min(step, sizes[0] - first)
 
@@ -147,7 +198,7 @@ def coded_bytes(
 def _job_bytes(
     coding: Coding, widths: tuple[int, ...], at: int, sizes: tuple[int, ...], steps: tuple[int, ...]
 ) -> int:
-    codes = byte_box(coding.bits, at, sizes, steps)
+    codes = byte_box(coding, at, sizes, steps)
     total = read_bytes(codes.sizes, codes.steps, 1)
     for number, width in enumerate(widths):
         box = scale_box(coding, number, at, sizes, steps)

@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 
 from restow.checkpoint import Checkpoint
-from restow.codecs import CODES, COMPANIONS, WEIGHTS, coded_layouts, is_linear, spelled, weight_of
+from restow.codecs import CODES, COMPANIONS, WEIGHTS, coded_layouts, spelled, suits, weight_of
 from restow.coded import Coded, CodedWeights, DecodedTensors, logical_row
 from restow.errors import UsageError, show
 from restow.find import Module
@@ -53,12 +53,14 @@ def kept_coded(
 def coded_as(layout: Layout, module: Module) -> Layout:
     """A layout with rows for the codes and companions that a module has. Raises `UsageError` where it has no such rows."""
     assert module.codec is not None
-    if is_linear(layout):
-        for found in coded_layouts(layout, module.codec):
+    codec = module.codec
+    if suits(layout, codec):
+        for found in coded_layouts(layout, codec):
             if set(module.tensors) <= set(found.roles):
                 return found
     raise UsageError(
-        f"a layout with the input axis last, as the {module.codec.name} codes of {show(module.path)} have it",
+        f"a layout with the input axis {'before the last' if codec.across else 'last'}, as the {codec.name} codes of "
+        f"{show(module.path)} have it",
         "; ".join(str(row) for row in layout.rows),
         hint="without keep_quantized the weights are decoded, which any layout can hold",
     )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from restow.boxes import strides_of
 from restow.codec import Announced, lost_scales, odd_grids
-from restow.codecs import COMPANIONS, Codec
+from restow.codecs import COMPANIONS, Codec, ragged
 from restow.errors import (
     LISTED,
     AmbiguousLayoutError,
@@ -102,14 +102,14 @@ def find_modules(
         lambda: defaultdict(dict)
     )
     hit_names: dict[str, set[str]] = defaultdict(set)
-    missed: list[str] = []
     for name in shapes:
-        hits = matcher.match(name) if not beside(name) else []
-        if not hits:
-            missed.append(name)
-        for hit in hits:
+        for hit in matcher.match(name) if not beside(name) else ():
             by_path[hit.path][hit.tag][hit.row.role, hit.index] = name
-            hit_names[hit.path].add(name)
+    _drop_bare(by_path)
+    for path, tags in by_path.items():
+        hit_names[path].update(name for names in tags.values() for name in names.values())
+    hit_any = {name for names in hit_names.values() for name in names}
+    missed = [name for name in shapes if name not in hit_any]
     strangers = _below(missed, by_path, claimed)
     modules: dict[str, Module] = {}
     errors: list[tuple[str, RestowError]] = []
@@ -122,6 +122,15 @@ def find_modules(
         if strangers.get(path):
             errors.append((path, _stranger_error(path, strangers[path], found[0])))
     return Findings(modules, tuple(missed), _folded(errors))
+
+
+def _drop_bare(by_path: dict[str, dict[int, dict[tuple[str, tuple[int, ...]], str]]]) -> None:
+    """Drop readings of companions alone: a linear layer's `down_proj.input_scale` is also what goes with stacked codes."""
+    for path, tags in list(by_path.items()):
+        for tag in [t for t, found in tags.items() if all(role.endswith(COMPANIONS) for role, _ in found)]:
+            del tags[tag]
+        if not tags:
+            del by_path[path]
 
 
 def _folded(errors: Sequence[tuple[str, RestowError]]) -> tuple[RestowError, ...]:
@@ -271,7 +280,7 @@ def _fit(
         strides = strides_of(lengths)
         slots: list[str | None] = [None] * prod(lengths)
         expected = _expected(row, {**solved, **local})
-        loose = spelling.codec is not None and spelling.codec.ragged(row.role)
+        loose = ragged(row)
         for index, name in found.items():
             if any(map(ge, index, lengths)):
                 extra.append(name)

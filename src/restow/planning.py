@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
-from restow.boxes import whole
+from restow.boxes import strides_of, whole
 from restow.checkpoint import Checkpoint
-from restow.codecs import Codec
+from restow.codecs import ragged
 from restow.coding import Coding
 from restow.decoded import FLOATS, Coded, DecodedTensors, decoded, kept_coded
 from restow.entries import Entry
@@ -40,12 +40,11 @@ from restow.lost import Lost, lost_error
 from restow.moves import Move, Pattern, Side, freeze, moves
 from restow.naming import check_rename, renamed
 from restow.notation import Dim, Factor, Row
+from restow.notes import Take, note_pairs
 from restow.plans import Copy, Part, Plan
 from restow.problems import merged
 from restow.quantized import no_values, refuse_cast
 from restow.targets import Runs, Target
-
-Take = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -248,8 +247,9 @@ class _Draft:
         experts = chosen_experts(wish.experts, source.path, source.sizes.get("e", 0))
         take: Take = (("e", experts),) if experts is not None else ()
         row, names = source.layout.row(role), source.tensors[role]
-        if source.codec is not None and source.codec.ragged(role):
-            self._refuse_ragged(source.codec, names, module.tensors[role])
+        if ragged(row):
+            self._add_notes(source, module, role, take)
+            return
         side = held_side(module.layout.row(role), module, self.chosen, wish, source)
         needed = self._moves(self._held(row, source, names), side, take)
         lost = sorted({m.source for m in needed if names[m.source] is None})
@@ -262,21 +262,31 @@ class _Draft:
                 self.chosen[name] = self.chosen[name]._replace(shape=whole_shape, runs=side.held[place][0])
         self._book(needed, names, module.tensors[role])
 
-    def _refuse_ragged(
-        self, codec: Codec, sources: Sequence[str | None], targets: Sequence[str | None]
-    ) -> None:
-        """Raise where tensors that are carried in codes have lengths of their own: a row of targets has one shape."""
-        held = [name for name in sources if name is not None]
-        found = {self.source.tensors[name].shape for name in held}
-        found |= {self.chosen[name].shape for name in targets if name is not None and name in self.chosen}
-        if len(found) > 1:
-            raise QuantizationError(
-                f"notes of one length beside {codec.name} codes, to carry them along",
-                f"{min(found)[0]} to {max(found)[0]} bytes",
-                path=self.source.path,
-                tensor=held[0] if held else None,
-                hint="without keep_quantized, or into plain tensors, the weights are decoded",
-            )
+    def _add_notes(self, source: Module, module: Module, role: str, take: Take) -> None:
+        """Every copy of a role whose tensors have lengths of their own: each is carried whole."""
+        names, row = module.tensors[role], module.layout.row(role)
+        wanted = [name is not None and name in self.chosen for name in names]
+        pairs = note_pairs(source, row, module.sizes, take, wanted)
+        lost = sorted({place for place in pairs.values() if source.tensors[role][place] is None})
+        if lost:
+            self.lost.append((source, role, lost))
+            return
+        for place, other in pairs.items():
+            name, note = names[place], source.tensors[role][other]
+            assert name is not None
+            assert note is not None
+            entry, target = self.source.tensors[note], self.chosen[name]
+            if target.shape != entry.shape:
+                raise QuantizationError(
+                    f"{entry.shape[0]} bytes in {show(name)}, as {show(note)} of the source has",
+                    f"{list(target.shape)}",
+                    tensor=name,
+                    sections=[("tensor", [show(name)])],
+                    hint="make the destination of this source: notes have lengths of their own",
+                )
+            sizes, plain = _plain_sizes(entry.shape), plain_row(1)
+            held = Side(plain, sizes, (pieces_of(entry),))
+            self._book(self._moves(held, Side(plain, sizes, ((target.runs,),)), ()), [note], [name])
 
     def _held(self, row: Row, source: Module, names: Sequence[str | None]) -> Side:
         full = (whole(shape_of(row, source.sizes)),)
@@ -372,7 +382,8 @@ class _Draft:
             shape, start = coded.shape, (0,) * len(coded.shape)
         codec = coded.codec
         grids = tuple(grid for _, grid in coded.scales)
-        coding = Coding(codec.name, codec.element, codec.bits, shape, start, grids)
+        apart = strides_of(shape)[coded.packed]
+        coding = Coding(codec.name, codec.element, codec.bits, shape, start, grids, apart)
         scales = range(len(self.parts) + 1, len(self.parts) + 1 + len(coded.scales))
         dtype = raw[coded.name].dtype
         at = self.codings.setdefault(coding, len(self.codings))

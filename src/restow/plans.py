@@ -20,7 +20,7 @@ from restow.moves import Pattern
 from restow.reads import merged, read_bytes, read_runs
 from restow.targets import Target
 
-VERSION = 2
+VERSION = 3
 
 
 class Part(NamedTuple):
@@ -144,7 +144,7 @@ class Plan:
         coding = self.codings[part.coding]
         for first, count in jobs(coding, copy.at, sizes, steps):
             at, some = copy.at + (first * steps[0] if sizes else 0), (count, *sizes[1:]) if sizes else ()
-            codes = byte_box(coding.bits, at, some, steps)
+            codes = byte_box(coding, at, some, steps)
             for offset, length in read_runs(codes.sizes, codes.steps, 1):
                 yield part.file, part.begin + codes.at + offset, part.begin + codes.at + offset + length
             for number, scale in enumerate(self.parts[i] for i in part.scales):
@@ -217,9 +217,9 @@ def _part(name: str, dtype: str, file: str, begin: int, end: int, coding: int, s
 
 
 def _coding(value: Any) -> Coding:
-    codec, element, bits, shape, start, grids = _deep(value)
+    codec, element, bits, shape, start, grids, apart = _deep(value)
     made = tuple(Grid(how, shape, tuple(Term(*term) for term in terms)) for how, shape, terms in grids)
-    return Coding(codec, element, bits, shape, start, made)
+    return Coding(codec, element, bits, shape, start, made, apart)
 
 
 def _deep(value: Any) -> Any:

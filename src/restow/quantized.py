@@ -105,7 +105,8 @@ def _strange(
     assert module.codec is not None
     kinds = sorted({dtype for scale in module.codec.scales for dtype in scale.dtypes})
     return QuantizationError(
-        f"codes of {module.codec.name} in {', '.join(module.codec.dtypes)}, scales in {', '.join(kinds)}",
+        f"codes of {module.codec.name} in {', '.join(module.codec.dtypes)}, scales in {', '.join(kinds)}, as quant_method "
+        f"{found.codec.method if found.codec is not None else '?'} is read",
         dtypes[names[0]],
         path=found.path,
         tensor=names[0],

@@ -11,12 +11,15 @@ from itertools import product
 from types import MappingProxyType
 
 from restow.checkpoint import Checkpoint
+from restow.codecs import ragged
 from restow.decoded import coded_as, decoded
 from restow.family import Family
+from restow.find import Module
 from restow.landing import Wish, chosen_experts, layout_of
 from restow.layout import Layout, axis_size, name_of, shape_of
 from restow.lost import lost_error
 from restow.notation import Row
+from restow.notes import note_pairs
 from restow.targets import Target, whole_target
 
 NOTHING: Mapping[str, Iterable[int]] = MappingProxyType({})
@@ -53,11 +56,24 @@ def default_targets(
                 shape = shape_of(row, {**sizes, **local})
             else:
                 keep = {}
+            notes = _note_shapes(source, module, row, sizes, experts)
             for name in row_names(row, sizes, keep):
-                targets.append(whole_target(f"{home}.{name}", shape, dtype))
+                targets.append(whole_target(f"{home}.{name}", notes.get(name, shape), dtype))
     others = ((name, source.tensors[name]) for name in source.others)
     targets += [whole_target(name, entry.shape, entry.dtype) for name, entry in others]
     return targets
+
+
+def _note_shapes(
+    source: Checkpoint, module: Module, row: Row, sizes: Mapping[str, int], experts: tuple[int, ...] | None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a row whose tensors have lengths of their own, by name; nothing for other rows."""
+    if not ragged(row):
+        return {}
+    names, held = row_names(row, sizes), module.tensors[row.role]
+    pairs = note_pairs(module, row, sizes, (("e", experts),) if experts is not None else ())
+    found = {names[place]: held[other] for place, other in pairs.items()}
+    return {name: source.tensors[note].shape for name, note in found.items() if note is not None}
 
 
 def home_of(path: str, to: Layout, family: Family | None) -> str:

@@ -16,14 +16,17 @@ from typing import NamedTuple
 import torch
 
 from restow.boxes import strides_of
-from restow.coding import Coding, byte_box, dim_of, index_of, scale_box
+from restow.coding import Coding, byte_box, scale_box, tile_of
 from restow.elements import ELEMENTS
 from restow.files import SourceFile
 from restow.plans import Part
 from restow.reads import spans
 from restow.torch.dtypes import torch_dtype
+from restow.torch.halves import BLOCK as BYTES
+from restow.torch.halves import Room, Shape, decode_halves
 from restow.torch.nested import unnested
 from restow.torch.raw import raw
+from restow.torch.scaling import Held, Scaling, scale, scaling
 from restow.torch.strides import dot, tile_axis
 from restow.torch.tiles import move
 
@@ -38,13 +41,6 @@ class Landing(NamedTuple):
     tensor: torch.Tensor
     offset: int
     strides: tuple[int, ...]
-
-
-class Scaling(NamedTuple):
-    """The factors of a tile's rows: [rows, blocks], and how many elements of a row each block covers."""
-
-    factors: torch.Tensor
-    lengths: tuple[int, ...]
 
 
 class Decoder:
@@ -68,42 +64,44 @@ class Decoder:
     ) -> int:
         """Read, decode and move one box of elements; the bytes read, scales included."""
         read = 0
-        grids: list[torch.Tensor] = []
-        for number, scale in enumerate(scales):
-            box = scale_box(coding, number, at, sizes, steps)
-            grid, got = self._scale(scale, coding, number, box)
-            grids.append(grid)
+        held: list[Held] = []
+        boxes = [scale_box(coding, number, at, sizes, steps) for number in range(len(scales))]
+        for number, companion in enumerate(scales):
+            grid, got = self._scale(companion, coding, number, boxes[number])
+            held.append(grid)
             read += got
         if coding.grids[0].how == "coded":
-            boxes = [scale_box(coding, number, at, sizes, steps) for number in range(len(grids))]
-            grids = [unnested(coding, grids, boxes, scales[-1].name)]
+            held = [Held(unnested(coding, [grid.scales for grid in held], boxes, scales[-1].name))]
         origin = (at, sizes, steps)
-        codes = byte_box(coding.bits, at, sizes, steps)
-        if len(codes.sizes) > len(sizes):  # packed, and no axis runs along the packed one
-            sizes, steps = (*sizes, 1), (*steps, 1)
-            landings = [one._replace(strides=(*one.strides, 0)) for one in landings]
+        codes = byte_box(coding, at, sizes, steps)
+        packed = codes.packed
+        if len(codes.sizes) > len(sizes):  # packed, and no axis runs along the packed dim
+            sizes, steps = _put(sizes, packed, 1), _put(steps, packed, coding.apart)
+            landings = [one._replace(strides=_put(one.strides, packed, 0)) for one in landings]
         source, base = self._open(part.file), part.begin + codes.at
         how = spans(codes.sizes, codes.steps, 1)
-        limit = max(TILE * coding.bits // 8, codes.sizes[-1] if codes.sizes else 1)
+        limit = max(TILE // coding.per, codes.sizes[-1] if codes.sizes else 1)
         axis, length = tile_axis(codes.sizes, 1, how, landings[0].strides, limit)
-        for index in product(*(range(n) for n in sizes[:axis])):
+        for index in product(*(range(n) for n in codes.sizes[:axis])):
             for first in range(0, codes.sizes[axis] if sizes else 1, length):
                 count = min(length, codes.sizes[axis] - first) if sizes else 1
                 place = (*index, first)[: len(sizes)]
                 shape = (count, *codes.sizes[axis + 1 :]) if sizes else ()
                 tile, got = self._read(source, base + dot(place, codes.steps), shape, codes.steps[axis:], 1)
                 read += got
-                if sizes and not (coding.bits != 8 and axis == len(sizes) - 1):
-                    shape = (count, *sizes[axis + 1 :])
-                elif sizes:
-                    shape = (codes.wanted,)
-                begin = at + dot(place, steps)
-                how_scaled = self._scaling(coding, grids, origin, begin, shape, steps[axis:])
+                axes, place, shape, lead = tile_of(codes, coding.per, place, shape)
+                across = packed >= 0 and axes[-1] != packed
+                box = (at + dot(place, steps), shape, tuple(steps[i] for i in axes))
+                scaled = scaling(coding, held, origin, box, across)
                 for dtype in {one.tensor.dtype for one in landings}:
-                    values = self._decoded(coding, tile, codes.lead, shape, how_scaled, dtype)
+                    if across:
+                        values = self._across(coding, tile, lead, shape, axes.index(packed), scaled, dtype)
+                    else:
+                        values = self._decoded(coding, tile, lead, shape, scaled, dtype)
                     for one in (one for one in landings if one.tensor.dtype == dtype):
+                        strides = [one.strides[i] for i in axes]
                         to = one.offset + dot(place, one.strides)
-                        move(one.tensor.as_strided(shape, one.strides[axis:], to), values)
+                        move(one.tensor.as_strided(shape, strides, to), values)
         return read
 
     def _read(
@@ -139,55 +137,22 @@ class Decoder:
 
     def _scale(
         self, part: Part, coding: Coding, number: int, box: tuple[tuple[int, int], ...]
-    ) -> tuple[torch.Tensor, int]:
-        """The needed box of a scale tensor in float32."""
+    ) -> tuple[Held, int]:
+        """The needed box of a scale tensor."""
         dtype, strides = torch_dtype(part.dtype), strides_of(coding.grids[number].shape)
         base = part.begin + dtype.itemsize * sum(
             low * step for (low, _), step in zip(box, strides, strict=True)
         )
         sizes = tuple(n for _, n in box)
         found, read = self._read(self._open(part.file), base, sizes, strides, dtype.itemsize)
-        if coding.grids[number].how in ("coded", "offset"):
-            return found.clone(), read
-        if coding.grids[number].how == "exponent" or part.dtype == "F8_E8M0":
-            return _looked_up(_powers(), found), read
+        how = coding.grids[number].how
+        if how in ("coded", "offset"):
+            return Held(found.clone()), read
+        if how == "exponent" or part.dtype == "F8_E8M0":
+            return Held(found.clone(), _powers()), read
         if dtype.itemsize == 1:
-            return _looked_up(values_of("e4m3" if part.dtype == "F8_E4M3" else "e5m2"), found), read
-        return found.view(dtype).to(torch.float32, copy=True), read
-
-    def _scaling(
-        self,
-        coding: Coding,
-        grids: Sequence[torch.Tensor],
-        origin: tuple[int, tuple[int, ...], tuple[int, ...]],
-        at: int,
-        sizes: tuple[int, ...],
-        steps: tuple[int, ...],
-    ) -> Scaling:
-        """The factors of a tile that begins at element `at` of the piece, from the job's scales."""
-        rows = prod(sizes[:-1])
-        found: Scaling | None = None
-        for number, grid in enumerate(grids):
-            low = [start for start, _ in scale_box(coding, number, *origin)]
-            outer, last = _scale_places(coding, number, low, tuple(grid.shape), at, sizes, steps)
-            blocks, lengths = torch.unique_consecutive(last, return_counts=True)
-            places = (outer + blocks).expand(*(sizes[:-1] or (1,)), len(blocks))
-            one = Scaling(
-                grid.reshape(-1)[places.reshape(-1)].view(max(rows, 1), len(blocks)), tuple(lengths.tolist())
-            )
-            if found is None:
-                found = one
-                continue
-            if len(one.lengths) > 1 and one.lengths != found.lengths:
-                one = Scaling(one.factors.repeat_interleave(lengths, 1), ())
-                every = torch.tensor(found.lengths)
-                found = Scaling(found.factors.repeat_interleave(every, 1), (1,) * sum(found.lengths))
-            divide = coding.grids[number].how == "divide"
-            found = found._replace(
-                factors=found.factors / one.factors if divide else found.factors * one.factors
-            )
-        assert found is not None
-        return found
+            return Held(found.clone(), values_of("e4m3" if part.dtype == "F8_E4M3" else "e5m2")), read
+        return Held(found.view(dtype).to(torch.float32, copy=True)), read
 
     def _decoded(
         self,
@@ -195,23 +160,17 @@ class Decoder:
         tile: torch.Tensor,
         lead: int,
         shape: tuple[int, ...],
-        scaling: Scaling,
+        scaled: Scaling,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """A tile of codes as values of `dtype`, in a reused buffer."""
         count = shape[-1] if shape else 1
         codes = tile.reshape(-1, tile.shape[-1] if tile.dim() else 1)
         rows, width = codes.shape
-        per = 8 // coding.bits
-        need = prod(shape) * dtype.itemsize
-        if self._tile.numel() < need:
-            self._tile = torch.empty(need, dtype=torch.uint8)
-        values = self._tile[:need].view(dtype).view(rows, count)
+        per = coding.per
+        values = self._room(prod(shape), dtype).view(rows, count)
         step = max(1, BLOCK // (width * per))
-        if self._places.numel() < step * width:
-            self._places = torch.empty(step * width, dtype=torch.int32)
-        if self._values.numel() < step * width * per:
-            self._values = torch.empty(step * width * per, dtype=torch.float32)
+        self._grow(step * width, step * width * per)
         table = values_of(coding.element)
         for first in range(0, rows, step):
             some = codes[first : first + step]
@@ -220,60 +179,41 @@ class Decoder:
             flat = self._values[: some.numel() * per]
             torch.index_select(table, 0, places, out=flat.view(torch.int64) if per == 2 else flat)
             block = flat.view(len(some), width * per)[:, lead : lead + count]
-            scale(block, scaling.factors[first : first + step], scaling.lengths)
+            scale(block, scaled.factors[first : first + step], scaled.lengths)
             values[first : first + step].copy_(block)
         return values.view(shape)
 
+    def _across(
+        self,
+        coding: Coding,
+        tile: torch.Tensor,
+        lead: int,
+        shape: tuple[int, ...],
+        packed: int,
+        scaled: Scaling,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """As `_decoded`, where bytes hold neighbours along axis `packed`, which is not the last."""
+        values = self._room(prod(shape), dtype)
+        sizes = Shape(prod(shape[:packed]), shape[packed], prod(shape[packed + 1 : -1]), shape[-1], lead)
+        band = max(BYTES, sizes.middle * sizes.inner)
+        self._grow(band, band)
+        room = Room(self._places, self._values)
+        decode_halves(tile, sizes, scaled, halves_of(coding.element), values, room)
+        return values.view(shape)
 
-def scale(values: torch.Tensor, factors: torch.Tensor, lengths: Sequence[int]) -> None:
-    """Multiply [rows, n] in place by [rows, blocks], whose blocks cover `lengths` of a row: like ones in one go."""
-    at = first = 0
-    while first < len(lengths):
-        length, last = lengths[first], first + 1
-        while last < len(lengths) and lengths[last] == length:
-            last += 1
-        run = values.narrow(1, at, length * (last - first))
-        shape, strides = (len(values), last - first, length), (values.stride(0), length, 1)
-        run.as_strided(shape, strides).mul_(factors[:, first:last, None])
-        at += length * (last - first)
-        first = last
+    def _grow(self, places: int, values: int) -> None:
+        if self._places.numel() < places:
+            self._places = torch.empty(places, dtype=torch.int32)
+        if self._values.numel() < values:
+            self._values = torch.empty(values, dtype=torch.float32)
 
-
-def _scale_places(
-    coding: Coding,
-    number: int,
-    low: Sequence[int],
-    shape: tuple[int, ...],
-    at: int,
-    sizes: tuple[int, ...],
-    steps: tuple[int, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a tile's scales lie in the job's box of them: by all axes but the last, and by the last, to be added."""
-    places, strides, box = index_of(coding, at), strides_of(coding.shape), strides_of(shape)
-    outer = torch.tensor(-sum(start * step for start, step in zip(low, box, strict=True)))
-    last = torch.zeros(sizes[-1] if sizes else 1, dtype=torch.int64)
-    rank = max(1, len(sizes))
-    outer = outer.view((1,) * rank)
-    for term in coding.grids[number].terms:
-        digit = torch.tensor(places[term.dim] // term.stride % term.size).view((1,) * rank)
-        runs = False
-        for axis, (size, step) in enumerate(zip(sizes, steps, strict=True)):
-            if size == 1 or dim_of(coding.shape, strides, step) != term.dim:
-                continue
-            local = step // strides[term.dim]
-            if term.stride <= local < term.stride * term.size:
-                walk = torch.arange(size) * (local // term.stride)
-                digit = digit + walk.view((1,) * axis + (size,) + (1,) * (rank - axis - 1))
-                runs = runs or axis == rank - 1
-        step = term.step * box[term.to]
-        if not runs:
-            outer = outer + digit // term.divisor * step
-            continue
-        # Of one dim in several axes the outer ones step over whole blocks (`coded` has seen to it): they are added.
-        first = digit[(0,) * (rank - 1)]
-        last = last + first // term.divisor * step
-        outer = outer + (digit[..., :1] - first[:1]) // term.divisor * step
-    return outer, last
+    def _room(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A reused buffer for that many values."""
+        need = count * dtype.itemsize
+        if self._tile.numel() < need:
+            self._tile = torch.empty(need, dtype=torch.uint8)
+        return self._tile[:need].view(dtype)
 
 
 @cache
@@ -289,10 +229,17 @@ def values_of(element: str) -> torch.Tensor:
 
 
 @cache
+def halves_of(element: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of both halves of every byte, apart."""
+    first, second = values_of(element).view(torch.float32).view(-1, 2).T.contiguous()
+    return first, second
+
+
+@cache
 def _powers() -> torch.Tensor:
     """2 ** (byte - 127) of every byte, exact; 255 is NaN."""
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32)
 
 
-def _looked_up(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    return table[codes.long()]
+def _put(values: tuple[int, ...], at: int, value: int) -> tuple[int, ...]:
+    return (*values[:at], value, *values[at:])
