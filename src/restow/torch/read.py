@@ -282,7 +282,7 @@ class _Worker:
             (job.steps, *sizes[1:]),
         )
         if part.coding >= 0:
-            at, sizes, steps = byte_box(self._plan.codings[part.coding].bits, at, sizes, steps)[:3]
+            at, sizes, steps = byte_box(self._plan.codings[part.coding], at, sizes, steps)[:3]
         if spans(sizes, steps, itemsize)[:2] != (0, 0):
             return None
         begin = part.begin + at * itemsize
