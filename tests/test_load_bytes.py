@@ -353,7 +353,7 @@ def test_large_tiles_stay_within_memory(tmp_path: Path, monkeypatch: pytest.Monk
     before = read._Worker.__init__
 
     def noted(worker: Any, *arguments: Any) -> None:
-        limits.append(arguments[-1])
+        limits.append(arguments[4])
         before(worker, *arguments)
 
     monkeypatch.setattr(read._Worker, "__init__", noted)
