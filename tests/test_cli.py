@@ -451,6 +451,15 @@ class Spied:
         self.ways: set[tuple[str, int]] = set()
         for way in ("_straight", "_tiled"):
             monkeypatch.setattr(read._Worker, way, self.spy(way, getattr(read._Worker, way)))
+        rows = read._Worker._whole_rows
+
+        def whole_rows(worker: Any, job: Any) -> int:
+            done = rows(worker, job)
+            for copy in (*job.copies, *job.beside) if done else ():
+                self.ways.add(("_tiled", worker._plan.parts[copy.source].begin + 2 * copy.at))
+            return done
+
+        monkeypatch.setattr(read._Worker, "_whole_rows", whole_rows)
 
     def spy(self, way: str, method: Any) -> Any:
         def called(worker: Any, source: Any, base: int, *rest: Any) -> Any:

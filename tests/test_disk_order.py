@@ -55,7 +55,16 @@ def tiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.extend([part.name] * bool(calls))
         return done
 
+    rows = read._Worker._whole_rows
+
+    def whole_rows(worker: Any, job: Any) -> int:
+        done = rows(worker, job)
+        copies = (*job.copies, *job.beside) if done else ()
+        seen.extend(worker._plan.parts[copy.source].name for copy in copies)
+        return done
+
     monkeypatch.setattr(read._Worker, "_from_file", watched)
+    monkeypatch.setattr(read._Worker, "_whole_rows", whole_rows)
     return seen
 
 

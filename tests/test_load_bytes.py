@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,8 +23,9 @@ from moe import AT, Model, Tensors, differing, painted, write
 from restow.errors import MissingTensorError, UnexpectedTensorError
 from restow.files import SourceFile, open_source
 from restow.reads import merged
-from restow.torch import read
+from restow.torch import read, rows
 from restow.torch.jobs import LEAST, Job, Queue
+from restow.torch.transpose import entry_for
 
 SMALL = Model()
 FORMS = [
@@ -115,6 +119,7 @@ def adding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SourceFile, "preadv", into_counters)
     monkeypatch.setattr(read._Worker, "_read_due", marked)
     monkeypatch.setattr(read, "move", lambda to, tile: to.view(torch.int16).add_(tile.view(torch.int16)))
+    monkeypatch.setattr(read._Worker, "_whole_rows", lambda worker, job: 0)  # those are moved one by one
 
 
 ONCE = 0x0101  # a count of one in each byte of an element
@@ -377,3 +382,70 @@ def test_threads_take_less_towards_the_end() -> None:
     assert room[0] == 15 << 20  # five whole ones in 16 MiB
     assert all(size <= max(LEAST, 3 << 20, sum(room[i:]) // 4) for i, size in enumerate(room))
     assert len(taken[-1]) > 100, "what is small is taken together"
+
+
+# Whole rows.
+
+
+@pytest.mark.parametrize("order", [("gate", "up", "down"), ("down", "up", "gate"), ("gate", "down", "up")])
+@pytest.mark.parametrize("room", [read.WINDOW, 1])
+def test_matrices_that_share_rows_are_written_together(
+    order: Sequence[str], room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are neighbours in their file, in either order, and memory holds them; else one by one, all alike."""
+    if entry_for(2) is None:
+        pytest.skip("this build of torch has no such function")
+    e, f, d = 3, 40, 72
+    names = [f"{AT.format(0)}.{n}.{p}_proj.weight" for n in range(e) for p in order]
+    ramp = torch.arange(f * d, dtype=torch.int16)
+    tensors = {
+        n: (ramp + 100 * i).view(torch.bfloat16).view((d, f) if "down" in n else (f, d))
+        for i, n in enumerate(names)
+    }
+    index = {
+        names[i]: f"m-{i}.safetensors" for i in range(len(names))
+    }  # files by name: their order is this one
+    for name, file in index.items():
+        save_file({name: tensors[name]}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    opened = restow.open(tmp_path, layout="split", family="qwen3_moe")
+    into = {f"{AT.format(0)}.gate_and_up_projs": torch.full((e, d, 2 * f), -1, dtype=torch.bfloat16)}
+    into |= {f"{AT.format(0)}.down_projs": torch.full((e, f, d), -1, dtype=torch.bfloat16)}
+    taken: list[int] = []
+    before = read._Worker._whole_rows
+
+    def counted(worker: Any, job: Any) -> int:
+        done = before(worker, job)
+        taken.append(1 + len(job.beside) if done else 0)
+        return done
+
+    monkeypatch.setattr(read._Worker, "_whole_rows", counted)
+    monkeypatch.setattr(read, "WINDOW", room)
+    report = restow.load(opened, into, threads=1, layout="grouped")
+    assert report.bytes_read == 3 * e * f * d * 2
+    both, down = into.values()
+    for n in range(e):
+        at = f"{AT.format(0)}.{n}"
+        assert torch.equal(both[n, :, :f], tensors[f"{at}.gate_proj.weight"].t())
+        assert torch.equal(both[n, :, f:], tensors[f"{at}.up_proj.weight"].t())
+        assert torch.equal(down[n], tensors[f"{at}.down_proj.weight"].t())
+    pairs = order[1] != "down" and room > 1
+    assert sorted(taken) == (
+        [0] * (e if order[1] == "down" else 2 * e) if room == 1 else [1] * e + [2] * e * pairs
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_rows_are_filled_in_blocks(parts: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = entry_for(width)
+    if entry is None:
+        pytest.skip("this build of torch has no such function")
+    monkeypatch.setattr(rows, "ROOM", 1)  # blocks of 64 rows, and a last one of 6
+    source = np.random.default_rng(5).integers(0, 99, (parts, 33, 134)).astype(f"u{width}")
+    out = np.full((136, parts * 33), 255, f"u{width}")
+    room = np.zeros(rows.block(parts * 33 * width), np.uint8)
+    at = [one.ctypes.data for one in source]
+    rows.fill_rows(entry, out[1:].ctypes.data, at, (33, 134), width, room.ctypes.data)
+    assert np.array_equal(out[1:-1], np.concatenate([one.T for one in source], axis=1))
+    assert (out[[0, -1]] == 255).all(), "nothing around it"

@@ -237,10 +237,13 @@ def test_big_endian_falls_back(monkeypatch):
 
 
 def test_no_symbol(monkeypatch):
-    transpose._simd.cache_clear()
+    for cached in (transpose._entry, transpose._simd, kernel_for):
+        cached.cache_clear()
     monkeypatch.setattr(transpose.ctypes, "CDLL", lambda _: object())
     assert transpose._simd(2) is None
-    transpose._simd.cache_clear()
+    assert transpose.entry_for(2) is None
+    for cached in (transpose._entry, transpose._simd, kernel_for):
+        cached.cache_clear()
 
 
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 1 << 17), st.integers(1, 1 << 21))

@@ -8,12 +8,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import count
 from math import prod
 from typing import NamedTuple
 
 from restow.coding import jobs as coded_jobs
+from restow.moves import Pattern
 from restow.plans import Copy, Plan
 from restow.reads import spans
+from restow.torch.rows import side_by_side
 from restow.torch.strides import even
 from restow.torch.transpose import LINE
 
@@ -31,6 +34,15 @@ class Job(NamedTuple):
     first: int
     steps: int
     size: int  # bytes, gaps not counted
+    beside: tuple[Copy, ...] | None = None  # where the first fills whole rows with these, each its own read
+
+    def alone(self) -> tuple[Job, ...]:
+        """The same as jobs of one read each."""
+        if not self.beside:
+            return (self._replace(beside=None),)
+        size = self.size // (1 + len(self.beside))
+        copies = (*self.copies, *self.beside)
+        return tuple(self._replace(copies=(copy,), size=size, beside=None) for copy in copies)
 
 
 class Queue:
@@ -66,25 +78,51 @@ def volume(plan: Plan) -> int:
 
 
 def jobs(plan: Plan) -> Iterator[Job]:
-    number = 0
+    numbers = count()
+    for batches, whole in _neighbours(plan):
+        pattern = plan.patterns[batches[0][0].pattern]
+        itemsize = plan.itemsize(batches[0][0])
+        size = len(batches) * prod(pattern.sizes) * itemsize
+        if whole and size <= JOB:
+            others = tuple(copy for batch in batches[1:] for copy in batch)
+            yield Job(next(numbers), batches[0], 0, pattern.sizes[0], size, others)
+            continue
+        for batch in batches:
+            yield from _cut_up(plan, batch, pattern, itemsize, numbers)
+
+
+def _neighbours(plan: Plan) -> Iterator[tuple[list[tuple[Copy, ...]], bool]]:
+    """Batches in order, those that fill whole rows side by side together; and whether they do."""
+    held: list[tuple[Copy, ...]] = []
     for batch in plan.batches():
-        pattern = plan.patterns[batch[0].pattern]
-        itemsize = plan.itemsize(batch[0])
-        if not pattern.sizes:
-            yield Job(number, batch, 0, 1, itemsize)
-            number += 1
-            continue
-        coding = plan.parts[batch[0].source].coding
-        if coding >= 0:
-            for first, steps in coded_jobs(plan.codings[coding], batch[0].at, *pattern[:2]):
-                yield Job(number, batch, first, steps, steps * prod(pattern.sizes[1:]))
-                number += 1
-            continue
-        step, inner = _cut(*pattern[:2], itemsize)
-        for first in range(0, pattern.sizes[0], step):
-            steps = min(step, pattern.sizes[0] - first)
-            yield Job(number, batch, first, steps, steps * inner)
-            number += 1
+        held.append(batch)
+        whole = side_by_side(plan, held)
+        if whole is False and len(held) > 1:  # those before it stand alone; it may begin others
+            yield from (([one], False) for one in held[:-1])
+            held = [batch]
+            whole = side_by_side(plan, held)
+        if whole is not None:
+            yield held, whole
+            held = []
+    yield from (([one], False) for one in held)
+
+
+def _cut_up(
+    plan: Plan, batch: tuple[Copy, ...], pattern: Pattern, itemsize: int, numbers: Iterator[int]
+) -> Iterator[Job]:
+    """One read as jobs."""
+    if not pattern.sizes:
+        yield Job(next(numbers), batch, 0, 1, itemsize)
+        return
+    coding = plan.parts[batch[0].source].coding
+    if coding >= 0:
+        for first, steps in coded_jobs(plan.codings[coding], batch[0].at, *pattern[:2]):
+            yield Job(next(numbers), batch, first, steps, steps * prod(pattern.sizes[1:]))
+        return
+    step, inner = _cut(*pattern[:2], itemsize)
+    for first in range(0, pattern.sizes[0], step):
+        steps = min(step, pattern.sizes[0] - first)
+        yield Job(next(numbers), batch, first, steps, steps * inner)
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -23,21 +22,23 @@ from restow.coding import byte_box
 from restow.errors import CoverageError, RestowError, UsageError, show
 from restow.files import SourceFile
 from restow.plans import Copy, Part, Plan
-from restow.reads import GAP, Spans, merged, spans
+from restow.reads import Spans, merged, spans
 from restow.torch.decode import Decoder
 from restow.torch.decode import Landing as Decoded
 from restow.torch.dtypes import dtype_name, torch_dtype
 from restow.torch.jobs import JOB, Job, Queue, jobs, volume
 from restow.torch.raw import raw
+from restow.torch.rows import block, fill_rows
 from restow.torch.sources import Files
-from restow.torch.strides import contiguous_from, dot, places, real_places, tile_axis
+from restow.torch.strides import Blocks, dot, in_place, real_places, tile_axis
 from restow.torch.tiles import move
+from restow.torch.transpose import entry_for
 
 STAGE = 16 << 20  # bytes of one tile on its way to a device
 TILE = (
     4 << 20
 )  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
-WINDOW = 48 << 20  # bytes of all threads' tiles together where reads are to be large
+WINDOW = 48 << 20  # bytes of all threads' tiles together where reads are to be large, or fill whole rows
 KEPT = 64  # storages whose bytes a thread keeps at hand
 
 Progress = Callable[[int, int], None]
@@ -101,7 +102,7 @@ def run_plan(
         pool = [
             threading.Thread(
                 target=_work,
-                args=(plan, tensors, memory or {}, files, queue, ledger, tile, watch),
+                args=(plan, tensors, memory or {}, files, queue, ledger, tile, WINDOW // workers, watch),
                 daemon=True,
             )
             for _ in range(workers)
@@ -172,10 +173,11 @@ def _work(
     queue: Queue,
     ledger: _Ledger,
     tile: int,
+    window: int,
     watch: Watch | None,
 ) -> None:
     torch.set_num_threads(1)  # this thread is one of ours: ATen must not start a second pool below it
-    worker = _Worker(plan, tensors, memory, files, tile, watch)
+    worker = _Worker(plan, tensors, memory, files, tile, window, watch)
     ahead = queue.take()
     worker.announce(ahead)
     while ahead and not ledger.stop.is_set():
@@ -204,28 +206,6 @@ class _Landing(NamedTuple):
     dtype: str
 
 
-class _Blocks(NamedTuple):
-    """What lies in one piece in a file and in storage: axes before `outer` are loops of reads, each of which fills
-    blocks of `size` bytes at `places` (elements, from the first)."""
-
-    outer: int
-    size: int
-    places: tuple[int, ...]
-
-
-@lru_cache(maxsize=64)
-def _blocks(
-    sizes: tuple[int, ...], steps: tuple[int, ...], strides: tuple[int, ...], itemsize: int
-) -> _Blocks | None:
-    """How a box is read into its place; None where that would be runs too short to be reads of their own."""
-    how, run = spans(sizes, steps, itemsize), contiguous_from(sizes, strides)
-    if how.rows or (itemsize * prod(sizes[run:]) < GAP and run > how.outer):
-        return None
-    inner = max(run, how.outer)
-    found = places(sizes[how.outer : inner], strides[how.outer : inner])
-    return _Blocks(how.outer, itemsize * prod(sizes[inner:]), tuple(found))
-
-
 class _Worker:
     """One thread's buffers, reused from job to job; local to one call."""
 
@@ -236,10 +216,11 @@ class _Worker:
         memory: Mapping[str, torch.Tensor],
         files: Files,
         tile: int,
+        window: int,
         watch: Watch | None,
     ) -> None:
         self._plan, self._tensors, self._memory, self._files = plan, tensors, memory, files
-        self._limit, self._watch = tile, watch
+        self._limit, self._window, self._watch = tile, window, watch
         self._scratch, self._cast = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
         self._view = raw(self._scratch)
         self._bytes: dict[int, memoryview] = {}
@@ -261,13 +242,14 @@ class _Worker:
         On a local disk only where they are not in memory: the last of them tells, since a reader before it may have
         brought the first.
         """
-        last = self._run_of(jobs[-1]) if jobs else None
+        last = self._run_of(jobs[-1].alone()[-1]) if jobs else None
         if last is None:
             return
         with suppress(RestowError):  # whoever reads it raises that, in its turn
             if self._limit == TILE and self._files.get(last[0]).at_hand(last[2] - 1):
                 return
-            for file, begin, end in merged([run for job in jobs if (run := self._run_of(job)) is not None]):
+            runs = (self._run_of(one) for job in jobs for one in job.alone())
+            for file, begin, end in merged([run for run in runs if run is not None]):
                 self._files.get(file).announce(begin, end - begin)
 
     def _run_of(self, job: Job) -> tuple[str, int, int] | None:
@@ -289,6 +271,46 @@ class _Worker:
         return part.file, begin, begin + prod(sizes) * itemsize
 
     def _run(self, job: Job, written: dict[int, int]) -> int:
+        if job.beside is None:
+            return self._run_alone(job, written)
+        read = self._whole_rows(job)
+        if read == 0:
+            return sum(self._run_alone(one, written) for one in job.alone())
+        target = job.copies[0].target
+        count = (1 + len(job.beside)) * prod(self._plan.patterns[job.copies[0].pattern].sizes)
+        written[target] = written.get(target, 0) + count
+        return read
+
+    def _whole_rows(self, job: Job) -> int:
+        """Read matrices that share rows, then write these rows in one piece; 0 where memory or the tensor forbid it."""
+        copies = sorted((job.copies[0], *(job.beside or ())), key=lambda copy: copy.start[-1])
+        landing, parts = self._landing(copies[0], 0), [self._plan.parts[copy.source] for copy in copies]
+        rows, cols = self._plan.patterns[copies[0].pattern].sizes
+        width = rows * len(copies)
+        dtypes = {part.dtype for part in parts}
+        if job.size > self._window or landing.strides != (1, width) or dtypes != {landing.dtype}:
+            return 0
+        dtype = landing.tensor.dtype
+        entry = entry_for(dtype.itemsize)
+        if entry is None:
+            return 0
+        buffer, size = self._buffer(job.size, dtype.itemsize), rows * cols * dtype.itemsize
+        read = 0
+        for i, (copy, part) in enumerate(zip(copies, parts, strict=True)):
+            at, into = copy.at * dtype.itemsize, self._view[i * size : (i + 1) * size]
+            read += self._files.get(part.file).preadv(part.begin + at, [into])
+            if self._watch is not None:
+                self._watch(part, at, into)
+        room = block(width * dtype.itemsize)
+        if self._cast.numel() < room:
+            self._cast = torch.empty(room, dtype=torch.uint8)
+        storage = landing.tensor.untyped_storage().data_ptr()
+        tiles = [buffer.data_ptr() + i * size for i in range(len(copies))]
+        out, scratch = storage + landing.offset * dtype.itemsize, self._cast.data_ptr()
+        fill_rows(entry, out, tiles, (rows, cols), dtype.itemsize, scratch)
+        return read
+
+    def _run_alone(self, job: Job, written: dict[int, int]) -> int:
         plan, copy = self._plan, job.copies[0]
         part = plan.parts[copy.source]
         pattern = plan.patterns[copy.pattern]
@@ -349,7 +371,7 @@ class _Worker:
         itemsize = torch_dtype(part.dtype).itemsize
         base = part.begin + at * itemsize
         if len(landings) == 1 and landings[0].dtype == part.dtype:
-            blocks = _blocks(sizes, steps, landings[0].strides, itemsize)
+            blocks = in_place(sizes, steps, landings[0].strides, itemsize)
             if blocks is not None:
                 return self._straight(source, base, sizes, steps, itemsize, blocks, landings[0])
         how = spans(sizes, steps, itemsize)
@@ -362,7 +384,7 @@ class _Worker:
         sizes: tuple[int, ...],
         steps: tuple[int, ...],
         itemsize: int,
-        blocks: _Blocks,
+        blocks: Blocks,
         landing: _Landing,
     ) -> int:
         """Runs of the file into runs of the tensor's storage: no buffer in between, one call for what adjoins."""

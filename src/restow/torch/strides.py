@@ -10,10 +10,11 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 from operator import mul
+from typing import NamedTuple
 
 import torch
 
-from restow.reads import Spans
+from restow.reads import GAP, Spans, spans
 from restow.torch.transpose import LINE
 
 
@@ -49,6 +50,28 @@ def contiguous_from(sizes: Sequence[int], strides: Sequence[int]) -> int:
         expected *= sizes[axis - 1]
         axis -= 1
     return axis
+
+
+class Blocks(NamedTuple):
+    """What lies in one piece in a file and in storage: axes before `outer` are loops of reads, each of which fills
+    blocks of `size` bytes at `places` (elements, from the first)."""
+
+    outer: int
+    size: int
+    places: tuple[int, ...]
+
+
+@lru_cache(maxsize=64)
+def in_place(
+    sizes: tuple[int, ...], steps: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+) -> Blocks | None:
+    """How a box is read into its place; None where that would be runs too short to be reads of their own."""
+    how, run = spans(sizes, steps, itemsize), contiguous_from(sizes, strides)
+    if how.rows or (itemsize * prod(sizes[run:]) < GAP and run > how.outer):
+        return None
+    inner = max(run, how.outer)
+    found = places(sizes[how.outer : inner], strides[how.outer : inner])
+    return Blocks(how.outer, itemsize * prod(sizes[inner:]), tuple(found))
 
 
 def tile_axis(

@@ -29,10 +29,11 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
-__all__ = ["Kernel", "bits", "copy_transposed", "kernel_for", "tile_shape", "turn"]
+__all__ = ["Entry", "Kernel", "bits", "copy_transposed", "entry_for", "kernel_for", "tile_shape", "turn"]
 
 Name = Literal["simd", "shuffle", "plain"]
 Array = np.ndarray[Any, Any]
+Entry = Callable[[int, int, int, int, int, int], None]
 Kernel = Callable[[Array, Array], None]  # (out [cols, rows], src [rows, cols]), rows of both contiguous
 
 TILE_BYTES: Final = 1 << 20  # half of a common second-level cache
@@ -189,8 +190,14 @@ def _named(name: str, width: int) -> Kernel:
     return shuffle if name == "shuffle" else _simd(width) or plain
 
 
+def entry_for(width: int) -> Entry | None:
+    """The function below the kernel for elements of `width` bytes, for who counts in addresses; None where it is none:
+    (rows, cols, address of src, its elements from row to row, address of out, its elements from row to row)."""
+    return _entry(width) if kernel_for(width) is not plain and kernel_for(width) is not shuffle else None
+
+
 @functools.cache
-def _simd(width: int) -> Kernel | None:
+def _entry(width: int) -> Entry | None:
     """void fbgemm::transpose_simd<T>(int64 M, int64 N, const T* src, int64 ld_src, T* dst, int64 ld_dst)."""
     mangled = f"_ZN6fbgemm14transpose_simdI{ {1: 'h', 2: 't', 4: 'f'}[width] }EEvllPKT_lPS1_l"
     try:  # the extension module's handle also resolves names of the libraries it was linked with
@@ -199,6 +206,15 @@ def _simd(width: int) -> Kernel | None:
         return None
     long, pointer = ctypes.c_int64, ctypes.c_void_p
     entry.argtypes, entry.restype = (long, long, pointer, long, pointer, long), None
+    found: Entry = entry
+    return found
+
+
+@functools.cache
+def _simd(width: int) -> Kernel | None:
+    entry = _entry(width)
+    if entry is None:
+        return None
 
     def simd(out: Array, src: Array) -> None:
         rows, cols = src.shape
