@@ -194,6 +194,8 @@ def load(
 
     With `group`, all of whose ranks must call, the first rank of a machine reads the headers for it, and what several
     ranks hold alike is read by one of them and handed on; an error of one is raised on all (`PeerFailedError`).
+    `check` reads the files once more and proves by fingerprints that memory holds what they hold; `strict` does, too, and
+    refuses all that would only be told, oddities of the values included: these are known once the model is written.
     `network` says whether the files lie on a network file system, where reads are few and large; its type does if None.
     """
     words = _Words(layout, family, rename, shard, experts, part, allow_missing, allow_unused,
@@ -293,8 +295,8 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
                 narrowed[one.codes] = f"{given[name]} -> {one.codec.name}"
         staged |= {name: staged[codes] for name, (codes, _) in packed.constants.items() if codes in staged}
         filled -= packed.weights.keys()
-    if words.check:
-        told = _checked(opened, slots, wish, made, memory, threads)
+    if words.check or (words.strict and packed is None):
+        told = _checked(opened, slots, wish, made, memory, threads, words.check)
         if words.strict and told:
             raise merged([problem.error for problem in told])
         warnings += [str(problem.error) for problem in told]
@@ -358,15 +360,16 @@ def _checked(
     made: Plan,
     memory: Mapping[str, torch.Tensor] | None,
     threads: int | None,
+    proof: bool,
 ) -> Sequence[Problem]:
-    """Prove a load by a second read; what the values show, and what could not be proved."""
+    """Prove a load by a second read; what the values show, and, where a `proof` is asked for, what has none."""
     prepared = prepare(opened, [slot.target for slot in slots.slots.values()], wish)
     tensors = {name: slot.local for name, slot in slots.slots.items()}
     skipped, told = check_load(prepared, {t.name: t for t in made.targets}, tensors, memory, threads)
     fatal = [problem.error for problem in told if problem.fatal]
     if fatal:
         raise merged(fatal)
-    if skipped:
+    if skipped and proof:
         found = f"{len(skipped)} that were decoded on the way, such as {show(skipped[0])}"
         told = (*told, Problem(IntegrityError("tensors that can be compared with the files", found), False))
     return told
