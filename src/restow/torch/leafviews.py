@@ -21,7 +21,7 @@ from restow.targets import Runs
 from restow.torch.leaves import name_index
 
 # The order in which a leaf's elements are counted: that of the split layout.
-ORDER = {"in": ("f", "d"), "out": ("d", "f")}
+ORDER = {"in": ("f", "d"), "out": ("d", "f"), "in2": ("f", "d"), "out2": ("d", "f")}
 ONE: Run = (0, 1)
 
 Owner = tuple[str, str, int]  # module path, role, place among the role's tensors
@@ -103,5 +103,6 @@ def _key(path: str, leaf: tuple[str, int, int], projected: bool, family: Family 
     labels = family.labels if family is not None else ("gate", "up")
     role, e, p = leaf
     base, _, rest = role.partition(".")
-    word = "down" if base == "out" else labels[p] if projected else "+".join(labels)
-    return f"{layer}.experts{number if number > 0 else ''}.{e}.{word}" + (f".{rest}" if rest else "")
+    bank = ".bank2" if base in ("in2", "out2") else ""
+    word = "down" if base in ("out", "out2") else labels[p] if projected else "+".join(labels)
+    return f"{layer}.experts{number if number > 0 else ''}{bank}.{e}.{word}" + (f".{rest}" if rest else "")
