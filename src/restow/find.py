@@ -38,6 +38,7 @@ from restow.notation import Row
 Shapes = Mapping[str, tuple[int, ...]]
 
 NAMING = ("missing", "extra", "tensors")  # sections that list tensors at fault
+SECOND = ("in2", "out2")  # the roles of a second bank of experts
 HOLES = 1000  # tensors named at most when nearly all of a module is missing
 
 
@@ -267,7 +268,13 @@ def _fit(
         _count_name_axes(row, by_row[row.role], solved)
     for row in layout.rows:
         for name in list(by_row[row.role].values())[:1]:
-            fresh = solve_sizes(row, shapes[name], {**solved, **local}) or {}
+            given = {**solved, **local}
+            if row.base in SECOND and "f" not in known.sizes:  # its width is its own
+                given.pop("f", None)
+            fresh = solve_sizes(row, shapes[name], given) or {}
+            if row.base in SECOND and "f" in fresh:
+                solved |= {f"f@{base}": fresh["f"] for base in SECOND}
+                del fresh["f"]
             solved.update({axis: size for axis, size in fresh.items() if axis not in local})
     tensors: dict[str, tuple[str | None, ...]] = {}
     wrong: list[tuple[str, str]] = []

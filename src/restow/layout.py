@@ -155,7 +155,8 @@ def name_of(row: Row, index: tuple[int, ...], sizes: Sizes) -> str:
         elif isinstance(part, Labels):
             out.append(part.labels[next(numbers)])
         else:
-            out.append(str(next(numbers) + (sizes[part.plus] if part.plus else 0)))
+            before = sizes.get(part.plus, sizes.get("e", 0)) if part.plus else 0  # the first bank's experts
+            out.append(str(next(numbers) + before))
     return "".join(out)
 
 

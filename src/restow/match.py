@@ -51,7 +51,8 @@ class Matcher:
     __slots__ = ("_depth", "_root")
 
     def __init__(self, candidates: Iterable[tuple[int, str, Row]], sizes: Sizes) -> None:
-        """`container` is a dotted run that the module path must end with, or ""; `sizes` gives bank offsets.
+        """`container` is a dotted run that the module path must end with, or ""; `sizes` says where a second bank begins,
+        by a size of its own or by the number of experts before it.
 
         Where a candidate has a second bank, `{e}` without it counts only up to where that begins; rows of banks that
         begin nobody knows where match nothing.
@@ -66,10 +67,11 @@ class Matcher:
         }
         for tag, container, row in known:
             plus = banks.get(tag)
-            if plus is None or plus in sizes:
-                self._add(tag, container, row, sizes, sizes[plus] if plus is not None else ENDLESS)
+            begin = sizes.get(plus, sizes.get("e")) if plus is not None else ENDLESS
+            if begin is not None:
+                self._add(tag, container, row, begin)
 
-    def _add(self, tag: int, container: str, row: Row, sizes: Sizes, bank: int) -> None:
+    def _add(self, tag: int, container: str, row: Row, bank: int) -> None:
         labelled = [part for part in row.name if isinstance(part, Labels)]
         for choice in product(*(range(len(part.labels)) for part in labelled)):
             chosen = dict(zip((part.axis for part in labelled), choice, strict=True))
@@ -88,7 +90,7 @@ class Matcher:
                     before, _, after = segment.partition("\0")
                     number = numbers.pop()
                     read.append(number.axis)
-                    span = (sizes[number.plus], ENDLESS) if number.plus else (0, bank)
+                    span = (bank, ENDLESS) if number.plus else (0, bank)
                     node = node.numbers.setdefault((before, after, *span), _Node())
                 else:
                     node = node.words.setdefault(segment, _Node())
