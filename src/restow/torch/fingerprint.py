@@ -42,9 +42,10 @@ def fingerprint(
     """One number from 0 to 2**64 - 1 for every leaf that is held here, whatever its layout, placement and prefix.
 
     `source`: a module, a list of them, names to tensors or DTensors (on any device), or a checkpoint's path. Keys are
-    `LAYER.experts.E.gate`, `.up`, `.down` for experts (`.bias` and the like after them), the canonical name for other
-    tensors. For DTensors the number is of the local part: sum over ranks, modulo 2**64, one rank a replica. Values count
-    in their own dtype. Raises what `restow.open` and `restow.load` raise for such a source.
+    `LAYER.experts.E.gate`, `.up`, `.down` for experts (`.bias` and the like after them; `experts.bank2` for a second
+    bank), the canonical name for other tensors. For DTensors the number is of the local part: sum over ranks, modulo
+    2**64, one rank a replica. Values count in their own dtype. Raises what `restow.open` and `restow.load` raise for
+    such a source.
     """
     known = family_of(family)
     found: dict[str, int] = {}
