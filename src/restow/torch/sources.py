@@ -52,10 +52,8 @@ def is_cold(parts: Sequence[Part], root: str) -> bool:
     there = total = 0
     for part in parts[:: max(1, len(parts) // PROBES)]:
         if part.file and part.end > part.begin:
-            with (
-                suppress(RestowError),
-                open_source(Path(root) / part.file) as source,
-            ):  # whoever reads raises that
+            # What is wrong with a file is raised by whoever reads it.
+            with suppress(RestowError), open_source(Path(root) / part.file) as source:
                 total += 1
                 there += source.at_hand(min(part.end, source.size) - 1)
     return 2 * there < total
