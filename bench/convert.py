@@ -42,10 +42,10 @@ GB, MIB = 1e9, 2**20
 FULL = {"e": 128, "d": 2048, "f": 768, "layers": 4, "h": 4096, "kv": 512, "files": 8}
 SMALL = {"e": 16, "d": 512, "f": 192, "layers": 2, "h": 512, "kv": 64, "files": 3}
 WAYS = {  # what is converted, to what, and the bar
-    "grouped": ("source", "grouped", 0.25),
-    "undone": ("grouped", "source", 0.25),
-    "fused": ("source", "fused", 0.6),
-    "back": ("fused", "source", 0.6),
+    "grouped": ("source", "grouped", 0.3),
+    "undone": ("grouped", "source", 0.3),
+    "fused": ("source", "fused", 0.7),
+    "back": ("fused", "source", 0.7),
 }
 PEAK = 1024  # MiB
 ROOM = 20  # GB that must be free: the source and at most two copies, with some to spare

@@ -310,7 +310,7 @@ def main() -> int:
     options.add_argument("--save", type=Path)
     words = options.parse_args()
     import restow
-    from restow.torch.read import default_threads
+    from restow.torch.threads import default_threads
 
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.environ.get("BENCH_SHM") else None))
     total = make(folder, words.layers)

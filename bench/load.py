@@ -1,6 +1,6 @@
 """Loading one MoE layer (128 experts, 2048 x 768, bfloat16, 1.2 GB, one tensor per expert) as a fraction of memcpy.
 
-usage: python bench/load.py [--small] [--save]
+usage: python bench/load.py [--small] [--rounds N] [--save]
 
 CPU, warm page cache, every destination touched before: what is measured is neither the disk nor the first touch of
 memory. All ways take turns, each beside a memcpy of the same bytes (as many Python threads, one `copy_` each, into
@@ -329,11 +329,11 @@ def memory(case: Case, name: str) -> dict[str, float]:
     return {"bytes": peak - before}
 
 
-def main(small: bool, save: bool) -> int:
+def main(small: bool, save: bool, rounds: int) -> int:
     with tempfile.TemporaryDirectory(prefix="restow-bench-") as folder:
         case = write(Path(folder), SMALL if small else FULL)
         size = 3 * case.e * case.d * case.f * 2
-        rounds = 2 if small else 5
+        rounds = rounds or (2 if small else 5)
         taken = cast(Times, child(__file__, "--mode", "times", *case, rounds, env=ALLOCATOR))
         bare = cast(Times, child(__file__, "--mode", "bare", *case, rounds))
         extra = {name: float(str(child(__file__, "--mode", "memory", *case, name)["bytes"])) for name in WAYS}
@@ -372,7 +372,7 @@ def main(small: bool, save: bool) -> int:
         *((f"{name}, of memcpy", ratios[name, 2], ">=", 0.85) for name in FILE_ORDER),
     ]
     lines, good = verdicts(bars if small else [*speed, *bars])  # a small layer says nothing about speed
-    what = f"# {machine()}\n\n{size / 1e9:.2f} GB: {case.e} experts, d = {case.d}, f = {case.f}, bfloat16"
+    what = f"# {machine()}\n\n{size / 1e9:.2f} GB: {case.e} experts, d = {case.d}, f = {case.f}, bfloat16, {rounds} rounds"
     lines.append(
         f"      restow grouped, times nemo with memory that is kept: {packed / ratios['nemo', 2]:.3g}"
     )
@@ -386,6 +386,7 @@ def main(small: bool, save: bool) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--mode", choices=["times", "bare", "memory"])
     parser.add_argument("rest", nargs="*")
@@ -397,4 +398,4 @@ if __name__ == "__main__":
         print(json.dumps(times(here, int(last), ways) if ways else memory(here, last)))
         sys.exit(0)
     assert os.name == "posix"
-    sys.exit(main(options.small, options.save))
+    sys.exit(main(options.small, options.save, options.rounds))

@@ -341,7 +341,7 @@ def cache_to_host(folder: Path, device: torch.device, share: int) -> None:
     """Read this rank's share of the files into one host buffer, pinned where there is a device."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from restow.torch.read import default_threads
+    from restow.torch.threads import default_threads
 
     step, threads = 4 << 20, 2 * default_threads()
     buffer = torch.empty(threads * step, dtype=torch.uint8, pin_memory=device.type == "cuda")

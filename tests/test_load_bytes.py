@@ -24,7 +24,8 @@ from restow.errors import MissingTensorError, UnexpectedTensorError
 from restow.files import SourceFile, open_source
 from restow.reads import merged
 from restow.torch import read, rows
-from restow.torch.jobs import LEAST, Job, Queue
+from restow.torch.jobs import JOB, LEAST, Job, Queue
+from restow.torch.sources import Files
 from restow.torch.transpose import entry_for
 
 SMALL = Model()
@@ -332,8 +333,32 @@ def test_on_a_network_what_a_thread_takes_is_asked_for_in_one_piece(
     assert differing(load(None), local) == [] and len(asked) == 1
     load(False)
     assert asked == []
-    monkeypatch.setattr(SourceFile, "at_hand", lambda file, offset: False)
-    assert differing(load(False), local) == [] and tuple(asked) == plan.reads  # a disk is told as well
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_from_a_disk_more_threads_read_longer_runs_through_descriptors_of_their_own(
+    cold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SMALL.written(tmp_path)
+    plan = restow.plan(source)
+    into = {t.name: torch.full(t.local_shape, -1, dtype=torch.bfloat16) for t in plan.targets}
+    made: list[tuple[Any, ...]] = []
+    before = Queue.__init__
+
+    def noted(queue: Queue, *arguments: Any) -> None:
+        made.append(arguments[2:])
+        before(queue, *arguments)
+
+    files: list[object] = []
+    monkeypatch.setattr(Queue, "__init__", noted)
+    monkeypatch.setattr(read, "default_threads", lambda: 3)
+    monkeypatch.setattr(read, "Files", lambda *a: files.append(Files(*a)) or files[-1])
+    monkeypatch.setattr(SourceFile, "at_hand", lambda file, offset: not cold)
+    assert restow.load(source, into).bytes_read == plan.bytes
+    assert made == [(read.READERS, read.STREAM) if cold else (3, JOB)]
+    assert len(files) == (read.READERS if cold else 1)
+    assert restow.load(source, into, threads=2).bytes_read == plan.bytes
+    assert made[1][0] == 2, "who says how many threads gets as many"
 
 
 @pytest.mark.parametrize(("error", "there"), [(None, True), (BlockingIOError, False), (OSError, True)])

@@ -19,8 +19,8 @@ from restow.errors import MissingTensorError, PeerFailedError, UsageError
 from restow.folder import open_folder
 from restow.handover import handed_over, taken_over
 from restow.opening import open_checkpoint, read_as
-from restow.torch import read
 from restow.torch import team as teams
+from restow.torch import threads as counts
 from restow.torch.replicas import Held, shared
 from save_ranks import ranks, values
 from test_load_ranks import Talked, silence
@@ -211,15 +211,17 @@ def test_readers_are_balanced_and_every_rank_computes_the_same() -> None:
 
 
 def test_threads_are_what_the_machine_has_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "cores", lambda: 16)
-    assert read.default_threads() == 8
+    monkeypatch.setattr(counts, "cores", lambda: 16)
+    assert counts.default_threads() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert read.default_threads() == 8, "left over from another job: nobody is here"
+    assert counts.default_threads() == 8, "left over from another job: nobody is here"
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    assert read.default_threads() == 4
+    assert counts.default_threads() == 4
     for said, threads in (("32", 1), ("0", 8), ("many", 8), ("", 8)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
-        assert read.default_threads() == threads
+        assert counts.default_threads() == threads
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert counts.default_readers() == 3, "of a device: some cores are the caller's and the driver's"
 
 
 def test_a_folder_is_handed_over_whole(tmp_path: Path) -> None:

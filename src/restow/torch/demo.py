@@ -35,7 +35,7 @@ from restow.opening import open_checkpoint
 from restow.terminal import Answer, Line, failure, failure_text
 from restow.torch import demo_model as m
 from restow.torch.load import LoadReport, load, plan
-from restow.torch.read import default_threads
+from restow.torch.threads import default_threads
 from restow.wording import MARGIN, amount, field
 
 WORLD = 2

@@ -24,9 +24,10 @@ from restow.plans import Plan
 from restow.torch.across import COLUMNS, launch
 from restow.torch.packing import LARGE, SHARE, Piece, Shape
 from restow.torch.raw import raw
-from restow.torch.read import Booked, Progress, _compare, _Ledger, cores, local_ranks
+from restow.torch.read import Booked, Progress, _compare, _Ledger
 from restow.torch.slotwork import TABLE, Job, Run, prepared
 from restow.torch.sources import Files
+from restow.torch.threads import local_ranks
 
 SLOTS = 4  # on the device
 SLOT = 64 << 20  # bytes of one
@@ -109,11 +110,6 @@ def run_on_device(
         ledger.book(*pump(job, way, filling(files), threads, progress))
         files.check()
     return Booked(ledger.read, _compare(plan, ledger))
-
-
-def default_readers() -> int:
-    """Three of four cores of this process, at most 12: the caller and the driver need some (see docs/log.md)."""
-    return max(1, min(12, cores() // local_ranks() * 3 // 4))
 
 
 def filling(files: Files) -> Fill:

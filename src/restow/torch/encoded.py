@@ -41,7 +41,7 @@ from restow.torch.chunks import Filled, Slice, slices
 from restow.torch.dtypes import torch_dtype
 from restow.torch.encode import encode
 from restow.torch.outline import entries_of
-from restow.torch.read import default_threads
+from restow.torch.threads import default_threads
 from restow.wanted import row_names
 
 CHUNK = 16 << 20  # elements that are filled at once, in float32

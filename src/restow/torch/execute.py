@@ -12,9 +12,10 @@ import torch
 
 from restow.errors import CoverageError
 from restow.plans import Plan
-from restow.torch.device import default_readers, on_one_device, run_on_device
+from restow.torch.device import on_one_device, run_on_device
 from restow.torch.on_device import moved_on_device
 from restow.torch.read import Booked, Progress, run_plan
+from restow.torch.threads import default_readers
 
 
 def execute(

@@ -51,18 +51,18 @@ class Queue:
     Fewer at a time towards the end, so that no thread is left with much to do when the others have nothing.
     """
 
-    def __init__(self, jobs: Iterator[Job], left: int, workers: int) -> None:
+    def __init__(self, jobs: Iterator[Job], left: int, workers: int, most: int = JOB) -> None:
         self._jobs = jobs
         self._next = next(jobs, None)
         self._left = left
-        self._share = 2 * workers
+        self._share, self._most = 2 * workers, most
         self._lock = threading.Lock()
 
     def take(self) -> list[Job]:
-        """The next jobs, at most `JOB` bytes or one that is larger; none when all are taken."""
+        """The next jobs, at most `most` bytes or one that is larger; none when all are taken."""
         group: list[Job] = []
         with self._lock:
-            size, limit = 0, max(LEAST, min(JOB, self._left // self._share))
+            size, limit = 0, max(LEAST, min(self._most, self._left // self._share))
             while self._next is not None and (not group or size + self._next.size <= limit):
                 group.append(self._next)
                 size += self._next.size

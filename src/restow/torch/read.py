@@ -7,10 +7,9 @@ raises the first error by plan order after all threads have stopped; nothing is 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from restow.coding import byte_box
-from restow.errors import CoverageError, RestowError, UsageError, show
+from restow.errors import CoverageError, UsageError, show
 from restow.files import SourceFile
 from restow.plans import Copy, Part, Plan
 from restow.reads import Spans, merged, spans
@@ -29,8 +28,9 @@ from restow.torch.dtypes import dtype_name, torch_dtype
 from restow.torch.jobs import JOB, Job, Queue, jobs, volume
 from restow.torch.raw import raw
 from restow.torch.rows import block, fill_rows
-from restow.torch.sources import Files
+from restow.torch.sources import Files, is_cold
 from restow.torch.strides import Blocks, dot, in_place, real_places, tile_axis
+from restow.torch.threads import default_threads
 from restow.torch.tiles import move
 from restow.torch.transpose import entry_for
 
@@ -39,6 +39,9 @@ TILE = (
     4 << 20
 )  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
 WINDOW = 48 << 20  # bytes of all threads' tiles together where reads are to be large, or fill whole rows
+STREAM = 128 << 20  # bytes of what a thread takes from a disk at once: long runs are what it reads fastest
+READERS = 4  # threads that read from a disk, though there be fewer cores
+DESCRIPTORS = 256  # that a call opens at most where it could do with fewer
 KEPT = 64  # storages whose bytes a thread keeps at hand
 
 Progress = Callable[[int, int], None]
@@ -92,20 +95,35 @@ def run_plan(
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError("threads as a whole number of at least 1", repr(threads))
     ledger = _Ledger()
-    workers = min(threads or default_threads(), max(1, len(plan.copies)))
-    queue = Queue(jobs(plan), volume(plan), workers)
+    cold = root is not None and is_cold(plan.parts, root)
+    usual = default_threads()
+    wanted = threads or (max(usual, min(READERS, 2 * usual)) if cold else usual)
+    workers = min(wanted, max(1, len(plan.copies)))
+    queue = Queue(jobs(plan), volume(plan), workers, STREAM if cold else JOB)
     tile = max(TILE, min(JOB, WINDOW // workers)) if large else TILE
     total = plan.bytes if progress is not None else 0
     before = torch.get_num_threads()
     with ExitStack() as stack:
-        files = Files(stack, root, stamps or {})
+        # From a disk every thread reads through descriptors of its own: the system looks ahead by descriptor.
+        own = cold and workers * len({part.file for part in plan.parts}) <= DESCRIPTORS
+        files = [Files(stack, root, stamps or {}) for _ in range(workers if own else 1)]
         pool = [
             threading.Thread(
                 target=_work,
-                args=(plan, tensors, memory or {}, files, queue, ledger, tile, WINDOW // workers, watch),
+                args=(
+                    plan,
+                    tensors,
+                    memory or {},
+                    files[i % len(files)],
+                    queue,
+                    ledger,
+                    tile,
+                    WINDOW // workers,
+                    watch,
+                ),
                 daemon=True,
             )
-            for _ in range(workers)
+            for i in range(workers)
         ]
         try:
             for thread in pool:
@@ -125,27 +143,12 @@ def run_plan(
             torch.set_num_threads(before)
         if ledger.errors:
             raise min(ledger.errors, key=lambda item: item[0])[1]
-        files.check()
+        for opened in files:
+            opened.check()
     if progress is not None:
         progress(ledger.read, total)
     written = _compare(plan, ledger)
     return Booked(ledger.read, written)
-
-
-def default_threads() -> int:
-    """Cores for each process of this machine's job, at most 8: more readers do not make one file system faster."""
-    return max(1, min(8, cores() // local_ranks()))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def local_ranks() -> int:
-    """Processes of this job on this machine, as its launcher says: nothing else tells it without a word between them."""
-    said = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(said) if said.isdecimal() and int(said) and torch.distributed.is_initialized() else 1
 
 
 def _compare(plan: Plan, ledger: _Ledger) -> int:
@@ -178,11 +181,10 @@ def _work(
 ) -> None:
     torch.set_num_threads(1)  # this thread is one of ours: ATen must not start a second pool below it
     worker = _Worker(plan, tensors, memory, files, tile, window, watch)
-    ahead = queue.take()
-    worker.announce(ahead)
-    while ahead and not ledger.stop.is_set():
-        jobs, ahead = ahead, queue.take()
-        worker.announce(ahead)  # a disk fetches them while these are moved
+    while not ledger.stop.is_set():
+        jobs = queue.take()
+        if not jobs:
+            return
         try:
             read, written = worker.run(jobs)
         except BaseException as error:
@@ -232,25 +234,17 @@ class _Worker:
 
     def run(self, jobs: Sequence[Job]) -> tuple[int, dict[int, int]]:
         """Do jobs; the bytes read, and the elements written by target."""
+        if self._limit > TILE:
+            self._announce(jobs)
         written: dict[int, int] = {}
         read = sum(self._run(job, written) for job in jobs)
         return read + self._read_due(), written
 
-    def announce(self, jobs: Sequence[Job]) -> None:
-        """Ask for the bytes of jobs that are whole runs of one file, neighbours in one word.
-
-        On a local disk only where they are not in memory: the last of them tells, since a reader before it may have
-        brought the first.
-        """
-        last = self._run_of(jobs[-1].alone()[-1]) if jobs else None
-        if last is None:
-            return
-        with suppress(RestowError):  # whoever reads it raises that, in its turn
-            if self._limit == TILE and self._files.get(last[0]).at_hand(last[2] - 1):
-                return
-            runs = (self._run_of(one) for job in jobs for one in job.alone())
-            for file, begin, end in merged([run for run in runs if run is not None]):
-                self._files.get(file).announce(begin, end - begin)
+    def _announce(self, jobs: Sequence[Job]) -> None:
+        """Ask for the bytes of jobs that are whole runs of one file, neighbours in one word."""
+        runs = (self._run_of(one) for job in jobs for one in job.alone())
+        for file, begin, end in merged([run for run in runs if run is not None]):
+            self._files.get(file).announce(begin, end - begin)
 
     def _run_of(self, job: Job) -> tuple[str, int, int] | None:
         """The bytes of a job as (file, begin, end), codes without their scales; None where they are not one run."""

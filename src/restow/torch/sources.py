@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from restow.errors import IntegrityError, TruncatedFileError
+from restow.errors import IntegrityError, RestowError, TruncatedFileError
 from restow.files import SourceFile, open_source
+from restow.plans import Part
+
+PROBES = 8  # bytes that tell whether a disk will have to be waited for
 
 
 class Files:
@@ -42,6 +45,18 @@ class Files:
         for source in self._open.values():
             if source.changed():
                 raise _changed(source)
+
+
+def is_cold(parts: Sequence[Part], root: str) -> bool:
+    """Whether a disk has to be waited for: of some bytes here and there most are not in memory."""
+    there = total = 0
+    for part in parts[:: max(1, len(parts) // PROBES)]:
+        if part.file and part.end > part.begin:
+            # What is wrong with a file is raised by whoever reads it.
+            with suppress(RestowError), open_source(Path(root) / part.file) as source:
+                total += 1
+                there += source.at_hand(min(part.end, source.size) - 1)
+    return 2 * there < total
 
 
 def _changed(source: SourceFile) -> IntegrityError:

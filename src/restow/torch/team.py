@@ -23,8 +23,8 @@ from restow.handover import handed_over, taken_over
 from restow.opening import read_as
 from restow.plans import Plan
 from restow.torch.peers import machine
-from restow.torch.read import cores
 from restow.torch.replicas import Held, Shared, keys_of, own_part, shared, told
+from restow.torch.threads import cores
 
 BUNDLE = 16 << 20  # bytes that travel at once
 

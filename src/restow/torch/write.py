@@ -19,8 +19,8 @@ from restow.errors import CoverageError
 from restow.plans import Copy, Plan
 from restow.torch.dtypes import torch_dtype
 from restow.torch.raw import raw
-from restow.torch.read import default_threads
 from restow.torch.strides import contiguous_from
+from restow.torch.threads import default_threads
 from restow.torch.tiles import move
 from restow.torch.write_coded import coded_jobs, write_coded
 

@@ -1,0 +1,31 @@
+"""How many threads a verb takes where nobody says: from the cores of this process and the ranks that share a machine.
+
+It reads the scheduler and the launcher's environment, and rejects nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def default_threads() -> int:
+    """Cores for each process of this machine's job, at most 8: more readers do not make one file system faster."""
+    return max(1, min(8, cores() // local_ranks()))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_ranks() -> int:
+    """Processes of this job on this machine, as its launcher says: nothing else tells it without a word between them."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(said) if said.isdecimal() and int(said) and torch.distributed.is_initialized() else 1
+
+
+def default_readers() -> int:
+    """Three of four cores of this process, at most 12: the caller and the driver need some (see docs/log.md)."""
+    return max(1, min(12, cores() // local_ranks() * 3 // 4))
