@@ -30,8 +30,8 @@ from restow.torch.scaling import Held, Scaling, scale, scaling
 from restow.torch.strides import dot, tile_axis
 from restow.torch.tiles import move
 
-TILE = 1 << 20  # elements of one tile
-BLOCK = 1 << 16  # elements that are looked up and multiplied at once: they stay in a second-level cache
+TILE = 3 << 20  # bytes of a tile's values: a thread takes less than 7 MiB in all
+BLOCK = 1 << 18  # elements that are looked up and multiplied at once: they stay in a second-level cache
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -80,7 +80,8 @@ class Decoder:
             landings = [one._replace(strides=_put(one.strides, packed, 0)) for one in landings]
         source, base = self._open(part.file), part.begin + codes.at
         how = spans(codes.sizes, codes.steps, 1)
-        limit = max(TILE // coding.per, codes.sizes[-1] if codes.sizes else 1)
+        width = max(one.tensor.element_size() for one in landings)
+        limit = max(TILE // (width * coding.per), codes.sizes[-1] if codes.sizes else 1)
         axis, length = tile_axis(codes.sizes, 1, how, landings[0].strides, limit)
         for index in product(*(range(n) for n in codes.sizes[:axis])):
             for first in range(0, codes.sizes[axis] if sizes else 1, length):
