@@ -30,8 +30,8 @@ from restow.torch.scaling import Held, Scaling, scale, scaling, shift
 from restow.torch.strides import dot, tile_axis
 from restow.torch.tiles import move
 
-TILE = 5 << 19  # bytes of a tile's values: 8 threads take less than 64 MiB in all
-BLOCK = 1 << 17  # elements that are looked up and multiplied at once: they stay in a second-level cache
+TILE = 3 << 20  # bytes of a tile's values: 8 threads take less than 64 MiB in all
+BLOCK = 1 << 16  # elements that are looked up and multiplied at once: they stay in a second-level cache
 SHARED = 1024  # elements to a scale from which on a table of 256 values for it is worth its making
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
