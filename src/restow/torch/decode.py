@@ -26,12 +26,13 @@ from restow.torch.halves import BLOCK as BYTES
 from restow.torch.halves import Room, Shape, decode_halves
 from restow.torch.nested import unnested
 from restow.torch.raw import raw
-from restow.torch.scaling import Held, Scaling, scale, scaling
+from restow.torch.scaling import Held, Scaling, scale, scaling, shift
 from restow.torch.strides import dot, tile_axis
 from restow.torch.tiles import move
 
-TILE = 1 << 20  # elements of one tile
+TILE = 3 << 20  # bytes of a tile's values: 8 threads take less than 64 MiB in all
 BLOCK = 1 << 16  # elements that are looked up and multiplied at once: they stay in a second-level cache
+SHARED = 1024  # elements to a scale from which on a table of 256 values for it is worth its making
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -80,7 +81,8 @@ class Decoder:
             landings = [one._replace(strides=_put(one.strides, packed, 0)) for one in landings]
         source, base = self._open(part.file), part.begin + codes.at
         how = spans(codes.sizes, codes.steps, 1)
-        limit = max(TILE // coding.per, codes.sizes[-1] if codes.sizes else 1)
+        width = max(one.tensor.element_size() for one in landings)
+        limit = max(TILE // (width * coding.per), codes.sizes[-1] if codes.sizes else 1)
         axis, length = tile_axis(codes.sizes, 1, how, landings[0].strides, limit)
         for index in product(*(range(n) for n in codes.sizes[:axis])):
             for first in range(0, codes.sizes[axis] if sizes else 1, length):
@@ -92,9 +94,11 @@ class Decoder:
                 axes, place, shape, lead = tile_of(codes, coding.per, place, shape)
                 across = packed >= 0 and axes[-1] != packed
                 box = (at + dot(place, steps), shape, tuple(steps[i] for i in axes))
-                scaled = scaling(coding, held, origin, box, across)
+                scaled = scaling(coding, held, origin, box, across or coding.per == 1)
                 for dtype in {one.tensor.dtype for one in landings}:
-                    if across:
+                    if coding.per == 1 and scaled.factors.numel() * SHARED <= prod(shape):
+                        values = self._by_table(coding, tile, shape, scaled, dtype)
+                    elif across:
                         values = self._across(coding, tile, lead, shape, axes.index(packed), scaled, dtype)
                     else:
                         values = self._decoded(coding, tile, lead, shape, scaled, dtype)
@@ -154,6 +158,28 @@ class Decoder:
             return Held(found.clone(), values_of("e4m3" if part.dtype == "F8_E4M3" else "e5m2")), read
         return Held(found.view(dtype).to(torch.float32, copy=True)), read
 
+    def _by_table(
+        self, coding: Coding, tile: torch.Tensor, shape: tuple[int, ...], scaled: Scaling, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """A tile of codes of 8 bits: a table of all values for each scale, rounded once, and one look-up an element."""
+        assert scaled.alike is not None
+        count = shape[-1] if shape else 1
+        codes = tile.reshape(-1, count)
+        values = self._room(prod(shape), dtype).view(-1)
+        tables = (scaled.factors[:, :, None] * values_of(coding.element)).to(dtype).view(-1)
+        blocks = len(scaled.lengths)
+        firsts = torch.arange(scaled.factors.numel(), dtype=torch.int32).mul_(256).view(-1, blocks)
+        step = max(1, BLOCK // count)
+        self._grow(step * count, 0)
+        for first in range(0, len(codes), step):
+            some = codes[first : first + step]
+            places = self._places[: some.numel()].view(some.shape)
+            places.copy_(some)
+            shift(places, firsts.index_select(0, scaled.alike[first : first + step]), scaled.lengths)
+            out = values[first * count : first * count + some.numel()]
+            torch.index_select(tables, 0, places.view(-1), out=out)
+        return values.view(shape)
+
     def _decoded(
         self,
         coding: Coding,
@@ -179,7 +205,10 @@ class Decoder:
             flat = self._values[: some.numel() * per]
             torch.index_select(table, 0, places, out=flat.view(torch.int64) if per == 2 else flat)
             block = flat.view(len(some), width * per)[:, lead : lead + count]
-            scale(block, scaled.factors[first : first + step], scaled.lengths)
+            band = slice(first, first + step)
+            factors = scaled.factors
+            factors = factors[band] if scaled.alike is None else factors.index_select(0, scaled.alike[band])
+            scale(block, factors, scaled.lengths)
             values[first : first + step].copy_(block)
         return values.view(shape)
 

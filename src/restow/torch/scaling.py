@@ -6,7 +6,7 @@ It rejects nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,7 +79,21 @@ def _gathered(scales: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -
 
 
 def scale(values: torch.Tensor, factors: torch.Tensor, lengths: Sequence[int]) -> None:
-    """Multiply [rows, n] in place by [rows, blocks], whose blocks cover `lengths` of a row: like ones in one go."""
+    """Multiply [rows, n] in place by [rows, blocks], whose blocks cover `lengths` of a row."""
+    for run, some in _runs(values, factors, lengths):
+        run.mul_(some)
+
+
+def shift(places: torch.Tensor, offsets: torch.Tensor, lengths: Sequence[int]) -> None:
+    """As `scale`, adding."""
+    for run, some in _runs(places, offsets, lengths):
+        run.add_(some)
+
+
+def _runs(
+    values: torch.Tensor, blocks: torch.Tensor, lengths: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """[rows, n] as [rows, blocks, length] beside [rows, blocks, 1]: neighbours of one length in one go."""
     at = first = 0
     while first < len(lengths):
         length, last = lengths[first], first + 1
@@ -87,7 +101,7 @@ def scale(values: torch.Tensor, factors: torch.Tensor, lengths: Sequence[int]) -
             last += 1
         run = values.narrow(1, at, length * (last - first))
         shape, strides = (len(values), last - first, length), (values.stride(0), length, 1)
-        run.as_strided(shape, strides).mul_(factors[:, first:last, None])
+        yield run.as_strided(shape, strides), blocks[:, first:last, None]
         at += length * (last - first)
         first = last
 
