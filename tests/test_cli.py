@@ -462,9 +462,9 @@ class Spied:
         monkeypatch.setattr(read._Worker, "_whole_rows", whole_rows)
 
     def spy(self, way: str, method: Any) -> Any:
-        def called(worker: Any, source: Any, base: int, *rest: Any) -> Any:
-            self.ways.add((way, base))
-            return method(worker, source, base, *rest)
+        def called(worker: Any, source: Any, *rest: Any) -> Any:
+            self.ways.add((way, next(one for one in rest if isinstance(one, int))))  # the first byte
+            return method(worker, source, *rest)
 
         return called
 

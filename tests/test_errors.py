@@ -188,7 +188,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a plan that is none": (
         lambda at: Plan.from_json('{"restow_plan": 99}'),
         "UsageError",
-        "expected a plan of version 2, found version 99",
+        "expected a plan of version 3, found version 99",
     ),
     "a destination that is none": (
         lambda at: restow.load(changed(at), 3),  # type: ignore[arg-type]

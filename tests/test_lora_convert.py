@@ -18,7 +18,7 @@ import lora_adapters as adapters
 import restow
 import restow.lora
 import tiny
-from restow.errors import AdapterError, MissingTensorError, ShapeMismatchError, UsageError
+from restow.errors import AdapterError, MissingShardError, MissingTensorError, ShapeMismatchError
 from save_ranks import ranks
 
 FORMATS = tuple(name for name in restow.lora.formats if name not in ("vllm-shared-outer", "peft-0.19.1"))
@@ -462,7 +462,7 @@ def test_merge_needs_weights(tmp_path: Path) -> None:
     source = adapters.make(tmp_path / "a", "qwen3_moe")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_bytes((adapters.base("qwen3_moe") / "config.json").read_bytes())
-    with pytest.raises(UsageError, match="weights"):
+    with pytest.raises(MissingShardError, match="expected safetensors files, found none in this folder"):
         restow.lora.merge(tmp_path / "c", source, tmp_path / "m")
     restow.lora.convert(source, tmp_path / "g", to="grouped", base=tmp_path / "c")
     restow.lora.convert(tmp_path / "g", tmp_path / "b", to="peft", family="qwen3_moe")
