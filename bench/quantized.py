@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFa
 
 import restow
 from _common import child, machine, status, table, verdicts
-from restow.torch.read import default_threads
+from restow.torch.threads import default_threads
 
 MIB = 2**20
 LAYER = "model.layers.0.mlp.experts"

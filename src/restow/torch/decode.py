@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import product
+from itertools import groupby, product
 from math import prod
 from typing import NamedTuple
 
@@ -26,11 +26,11 @@ from restow.torch.halves import BLOCK as BYTES
 from restow.torch.halves import Room, Shape, decode_halves
 from restow.torch.nested import unnested
 from restow.torch.raw import raw
-from restow.torch.scaling import Held, Scaling, scale, scaling, shift
+from restow.torch.scaling import Held, Scaling, scale, scaling
 from restow.torch.strides import dot, tile_axis
 from restow.torch.tiles import move
 
-TILE = 3 << 20  # bytes of a tile's values: 8 threads take less than 64 MiB in all
+TILE = 2 << 20  # bytes of values of one tile: the buffers of 8 threads stay within the window
 BLOCK = 1 << 16  # elements that are looked up and multiplied at once: they stay in a second-level cache
 SHARED = 1024  # elements to a scale from which on a table of 256 values for it is worth its making
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -169,15 +169,18 @@ class Decoder:
         tables = (scaled.factors[:, :, None] * values_of(coding.element)).to(dtype).view(-1)
         blocks = len(scaled.lengths)
         firsts = torch.arange(scaled.factors.numel(), dtype=torch.int32).mul_(256).view(-1, blocks)
-        step = max(1, BLOCK // count)
+        # Of rows that share their scales one row of offsets, so that each band takes few calls of the interpreter.
+        shifts = firsts.repeat_interleave(torch.tensor(scaled.lengths), 1).unbind(0)
+        step, end = max(1, BLOCK // count), 0
         self._grow(step * count, 0)
-        for first in range(0, len(codes), step):
-            some = codes[first : first + step]
-            places = self._places[: some.numel()].view(some.shape)
-            places.copy_(some)
-            shift(places, firsts.index_select(0, scaled.alike[first : first + step]), scaled.lengths)
-            out = values[first * count : first * count + some.numel()]
-            torch.index_select(tables, 0, places.view(-1), out=out)
+        for which, alike in groupby(scaled.alike.tolist()):
+            begin, end = end, end + sum(1 for _ in alike)
+            for first in range(begin, end, step):
+                some = codes[first : min(first + step, end)]
+                places = self._places[: some.numel()]
+                torch.add(some, shifts[which], out=places.view(some.shape))
+                out = values[first * count : first * count + some.numel()]
+                torch.index_select(tables, 0, places, out=out)
         return values.view(shape)
 
     def _decoded(

@@ -7,6 +7,7 @@ It rejects nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -35,13 +36,44 @@ class Scaling(NamedTuple):
     alike: torch.Tensor | None = None
 
 
+class _Places(NamedTuple):
+    """Where the scales of a tile lie: by row, and by block of a row; the elements of each block."""
+
+    rows: torch.Tensor
+    blocks: torch.Tensor
+    lengths: tuple[int, ...]
+
+
 def scaling(coding: Coding, held: Sequence[Held], origin: Box, tile: Box, join: bool) -> Scaling:
     """The factors of a tile, from the scales that the job `origin` needs; like rows once where they may `join`."""
+    shapes = tuple(tuple(one.scales.shape) for one in held)
+    places, alike = (_joined if join else _found)(coding, shapes, origin, tile, join)
+    factors = torch.empty(0)
+    lengths: tuple[int, ...] = ()
+    for number, (one, (rows, blocks, runs)) in enumerate(zip(held, places, strict=True)):
+        found = _gathered(one.scales.reshape(-1), rows, blocks)
+        if one.table is not None:
+            found = one.table.index_select(0, found.reshape(-1).to(torch.int32)).view(found.shape)
+        if not number:
+            factors, lengths = found, runs
+            continue
+        if len(runs) > 1 and runs != lengths:
+            found = found.repeat_interleave(torch.tensor(runs), 1)
+            factors = factors.repeat_interleave(torch.tensor(lengths), 1)
+            lengths = (1,) * sum(lengths)
+        factors = factors / found if coding.grids[number].how == "divide" else factors * found
+    return Scaling(factors, lengths, alike)
+
+
+def _found(
+    coding: Coding, shapes: tuple[tuple[int, ...], ...], origin: Box, tile: Box, join: bool
+) -> tuple[list[_Places], torch.Tensor | None]:
+    """The places of a tile's scales, of which nothing depends on their values; and which rows are alike."""
     _, sizes, _ = tile
     places: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for number, one in enumerate(held):
+    for number, shape in enumerate(shapes):
         low = [start for start, _ in scale_box(coding, number, *origin)]
-        outer, last = _places(coding, number, low, tuple(one.scales.shape), tile)
+        outer, last = _places(coding, number, low, shape, tile)
         places.append((outer.expand(*(sizes[:-1] or (1,)), 1).reshape(-1, 1), last))
     alike: torch.Tensor | None = None
     if join:
@@ -50,23 +82,14 @@ def scaling(coding: Coding, held: Sequence[Held], origin: Box, tile: Box, join: 
         new[1:] = (every[1:] != every[:-1]).any(1)
         alike = new.cumsum(0) - 1
         places = [(outer[new], last) for outer, last in places]
-    factors = torch.empty(0)
-    lengths: tuple[int, ...] = ()
-    for number, (one, (outer, last)) in enumerate(zip(held, places, strict=True)):
+    found = []
+    for outer, last in places:
         blocks, counts = torch.unique_consecutive(last, return_counts=True)
-        found = _gathered(one.scales.reshape(-1), outer, blocks)
-        if one.table is not None:
-            found = one.table.index_select(0, found.reshape(-1).to(torch.int32)).view(found.shape)
-        runs = tuple(counts.tolist())
-        if not number:
-            factors, lengths = found, runs
-            continue
-        if len(runs) > 1 and runs != lengths:
-            found = found.repeat_interleave(counts, 1)
-            factors = factors.repeat_interleave(torch.tensor(lengths), 1)
-            lengths = (1,) * sum(lengths)
-        factors = factors / found if coding.grids[number].how == "divide" else factors * found
-    return Scaling(factors, lengths, alike)
+        found.append(_Places(outer, blocks, tuple(counts.tolist())))
+    return found, alike
+
+
+_joined = lru_cache(32)(_found)  # matrices of one shape are alike, and rows that are joined are few
 
 
 def _gathered(scales: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -82,12 +105,6 @@ def scale(values: torch.Tensor, factors: torch.Tensor, lengths: Sequence[int]) -
     """Multiply [rows, n] in place by [rows, blocks], whose blocks cover `lengths` of a row."""
     for run, some in _runs(values, factors, lengths):
         run.mul_(some)
-
-
-def shift(places: torch.Tensor, offsets: torch.Tensor, lengths: Sequence[int]) -> None:
-    """As `scale`, adding."""
-    for run, some in _runs(places, offsets, lengths):
-        run.add_(some)
 
 
 def _runs(
