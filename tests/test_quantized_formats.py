@@ -192,6 +192,33 @@ def test_converts_verifies_and_is_kept(tmp_path: Path, kind: str) -> None:
     assert restow.open(tmp_path / "two").problems == ()
 
 
+def test_several_formats_in_one_checkpoint(tmp_path: Path) -> None:
+    """NVFP4 made from a checkpoint that was quantised before: what it was not made from stays in the old formats."""
+    about = config(FORMATS["nvfp4"].about, E, F, D, num_hidden_layers=2)
+    kinds = {"layers.0.mlp.experts": nvfp4, "layers.1.mlp.experts": fp4_int8}
+    stored, values, want = rest(E, D), State(), rest(E, D)
+    for at, store in kinds.items():
+        for e, k in ((e, k) for e in range(E) for k in ("gate", "up", "down")):
+            name = f"model.{at}.{e}.{k}_proj"
+            parts, values[f"{name}.weight"] = store(len(values), *((D, F) if k == "down" else (F, D)))
+            stored |= {f"{name}{end}": tensor for end, tensor in parts.items()}
+        want |= grouped(values, E, f"model.{at}")
+    for name, store in ((Q_PROJ, mxfp8), (SHARED, fp8_e8m0)):
+        for layer in ("layers.0", "layers.1"):
+            name = name.replace("layers.0", layer)
+            parts, want[f"{name}.weight"] = store(len(stored), 96, D)
+            stored |= {f"{name}{end}": tensor for end, tensor in parts.items()}
+    for name in ("mlp.gate", "input_layernorm"):
+        stored[f"model.layers.1.{name}.weight"] = stored[f"model.layers.0.{name}.weight"].clone()
+        want[f"model.layers.1.{name}.weight"] = stored[f"model.layers.1.{name}.weight"]
+    folder = write(tmp_path / "a", stored, about)
+    assert restow.open(folder).problems == ()
+    into = {name: torch.full_like(value, 7, dtype=torch.float32) for name, value in want.items()}
+    restow.load(folder, into)
+    for name, value in want.items():
+        assert torch.equal(into[name], value.float()), name
+
+
 def test_equals_compressed_tensors(tmp_path: Path) -> None:
     """Its own unpacking and dequantising, where the package is there."""
     pytest.importorskip("compressed_tensors")
