@@ -25,6 +25,7 @@ import torch
 from restow.checkpoint import Checkpoint
 from restow.codec import without_quantization
 from restow.codecs import rounds
+from restow.coded import value_dtype
 from restow.decoded import CodedWeights
 from restow.encodings import Encoding, encoding_of, plain_form
 from restow.errors import MissingTensorError, UnexpectedTensorError, UsageError, show
@@ -38,6 +39,7 @@ from restow.outfiles import INDEX, OutFile, index_text, nbytes, new_files, recor
 from restow.planning import Prepared, prepare, refuse
 from restow.problems import Problem, merged
 from restow.publish import Staging
+from restow.quantized import refuse_cast
 from restow.record import SECTION, make_record, read_record
 from restow.sidefiles import side_files
 from restow.stated import statement
@@ -209,6 +211,8 @@ def _prepare(
     weights = prepared.source.coded
     decoded_from = sorted({c.name for c in weights.codecs}) if isinstance(weights, CodedWeights) else []
     if decoded_from and "config.json" in sides:
+        for name in prepared.source.others:  # codes would lose their meaning: the new config announces none
+            refuse_cast(prepared.source, name, value_dtype(opened.config))
         sides["config.json"] = without_quantization(sides["config.json"])
     if dtype is not None and "config.json" in sides:
         sides["config.json"] = with_dtype(sides["config.json"], str(dtype).removeprefix("torch."))
