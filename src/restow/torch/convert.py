@@ -29,7 +29,7 @@ from restow.coded import value_dtype
 from restow.decoded import CodedWeights
 from restow.encodings import Encoding, encoding_of, plain_form
 from restow.errors import MissingTensorError, UnexpectedTensorError, UsageError, show
-from restow.landing import Experts, Wish, check_modules, chosen_experts, layout_of
+from restow.landing import Experts, Wish, check_modules, chosen_rows, layout_of
 from restow.layout import Layout
 from restow.located import located
 from restow.mending import FLOATS as CASTS
@@ -308,7 +308,8 @@ def _with_routers(opened: Checkpoint, targets: Sequence[Target], wish: Wish) -> 
             continue
         at = next(i for i, dim in enumerate(row.dims) if str(dim) == "e")
         path = max(opened.modules, key=partial(_shared, target.name))
-        chosen = chosen_experts(wish.experts, path, target.shape[at])
+        size = opened.modules[path].sizes.get("e", target.shape[at])
+        chosen = chosen_rows(wish.experts, path, size, target.shape[at])
         n = target.shape[at] if chosen is None else len(chosen)
         yield whole_target(target.name, (*target.shape[:at], n, *target.shape[at + 1 :]), target.dtype)
 
