@@ -30,7 +30,7 @@ from restow.errors import (
     show,
 )
 from restow.family import Family, Spelling
-from restow.layout import Layout, axis_size, name_of, rows_text, shape_of, solve_sizes
+from restow.layout import Layout, axis_size, drop_own_count, name_of, rows_text, shape_of, solve_sizes
 from restow.match import Matcher
 from restow.named import FORMS, GENERAL
 from restow.notation import Row
@@ -265,7 +265,7 @@ def _fit(
     for (role, index), name in matched.items():
         by_row[role][index] = name
     for row in layout.rows:
-        _drop_own_count(row, by_row[row.role], shapes, solved)
+        drop_own_count(row, by_row[row.role], shapes, solved)
         _count_name_axes(row, by_row[row.role], solved)
     for row in layout.rows:
         for name in list(by_row[row.role].values())[:1]:
@@ -330,23 +330,6 @@ def _shape_text(row: Row, sizes: Mapping[str, int]) -> str:
     """The shape of a row's tensors for people: `[12, (p f), 32]` where f is not known."""
     shapes = (_expected(replace(row, dims=(dim,)), sizes) for dim in row.dims)
     return f"[{', '.join(str(s[0] if s else dim) for s, dim in zip(shapes, row.dims, strict=True))}]"
-
-
-def _drop_own_count(
-    row: Row, found: Mapping[tuple[int, ...], str], shapes: Shapes, solved: dict[str, int]
-) -> None:
-    """Let a role have as many experts as the others where it holds no more: those that do nothing may be left out."""
-    own = f"e@{row.base}"
-    if own not in solved or not found or "e" not in solved:
-        return
-    if "e" in row.name_axes:
-        at = row.name_axes.index("e")
-        held = 1 + max(index[at] for index in found)
-    else:
-        shape, dims = shapes[next(iter(found.values()))], list(map(str, row.dims))
-        held = shape[dims.index("e")] if "e" in dims and len(shape) == len(dims) else solved[own]
-    if held <= solved["e"]:
-        del solved[own]
 
 
 def _count_name_axes(row: Row, found: Mapping[tuple[int, ...], str], solved: dict[str, int]) -> None:
