@@ -454,6 +454,59 @@ def test_experts_may_be_repeated_reordered_and_differ_by_module(tmp_path: Path) 
     assert differing(read(tmp_path / "all"), read(source)) == []
 
 
+@pytest.mark.parametrize("family_id", ["zaya", "inkling_mm_model"])
+def test_router_rows_past_the_experts_stay(family_id: str, tmp_path: Path) -> None:
+    """Those of shared experts, or for tokens that skip them: no expert was left out that they belong to."""
+    source = tiny.saved(family_id, True)
+    restow.convert(source, tmp_path / "a", to="hf", experts=[7, 0, 3, 5])
+    made, held = restow.open(tmp_path / "a"), read(source)
+    assert made.problems == ()
+    routers = [name for name in made.routers if held[name].shape[0] == 13 or family_id != "zaya"]
+    extra = {name: list(range(12, len(held[name]))) for name in routers}
+    assert sorted(set(map(len, extra.values()))) == ([1] if family_id == "zaya" else [0, 2])
+    for name, tail in extra.items():
+        assert torch.equal(read(tmp_path / "a")[name], held[name][[7, 0, 3, 5, *tail]]), name
+    into = {name: torch.zeros_like(held[name][: 4 + len(tail)]) for name, tail in extra.items()}
+    restow.load(source, into, part=True, experts=[7, 0, 3, 5], check=True)
+    assert differing(into, {name: read(tmp_path / "a")[name] for name in into}) == []
+
+
+def test_experts_that_do_nothing_may_be_left_out(tmp_path: Path) -> None:
+    """LongCat's vendor ships the real experts alone, transformers writes rows for the others: both open, none is filled."""
+    whole = tiny.saved("longcat_flash", True)
+    state = read(whole)
+    idle = [
+        name
+        for name in state
+        if (n := name.split(".experts.")[-1].split(".")[0]).isdecimal() and int(n) >= 12
+    ]
+    real = tmp_path / "real"
+    real.mkdir()
+    save_file({n: t for n, t in state.items() if n not in idle}, real / "model.safetensors", {"format": "pt"})
+    (real / "config.json").write_bytes((whole / "config.json").read_bytes())
+    assert idle
+    assert restow.open(real).problems == ()
+    restow.convert(real, tmp_path / "g", to="grouped")
+    grouped = read(tmp_path / "g")
+    first = next(name for name in grouped if name.endswith("gate_and_up_projs"))
+    at = first.removesuffix(".gate_and_up_projs")
+    want = [torch.cat([state[f"{at}.{e}.{k}_proj.weight"].T for k in ("gate", "up")], 1) for e in range(12)]
+    assert torch.equal(grouped[first], torch.stack(want))
+    restow.convert(tmp_path / "g", tmp_path / "back", to="hf")
+    assert differing(read(tmp_path / "back"), read(real)) == []
+    more = {
+        first: torch.zeros(16, *grouped[first].shape[1:]),
+        f"{at}.down_projs": grouped[f"{at}.down_projs"],
+    }
+    with pytest.raises(
+        RestowError, match="expected 12 along axis 'e' of role 'in', as the source has, found 16"
+    ):
+        restow.load(real, more, part=True)
+    last = f"{at}.11.up_proj.weight"
+    save_file({n: t for n, t in state.items() if n not in idle and n != last}, real / "model.safetensors")
+    assert last in str(restow.open(real).problems[0].error)
+
+
 # Casts.
 
 

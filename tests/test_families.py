@@ -51,6 +51,11 @@ def around(embed: str, norm: str, head: str, width: int = D) -> Shapes:
 
 COMMON = around("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 MOE = {"hidden_size": D, "moe_intermediate_size": F, "num_hidden_layers": 1}
+TALKER = {  # a second model in the same files, of other sizes
+    **{f"talker.model.layers.0.mlp.experts.{e}.{name}.weight": shape for e in range(14)
+       for name, shape in {"gate_proj": (16, 20), "up_proj": (16, 20), "down_proj": (20, 16)}.items()},
+    "talker.model.layers.0.mlp.gate.weight": (14, 20), "talker.model.layers.0.mlp.shared_expert_gate.weight": (1, 20),
+}  # fmt: skip
 H = 40  # the model's width, where experts work in another
 
 CASES: dict[str, tuple[dict[str, Any], Shapes, str, tuple[str, ...], int]] = {
@@ -143,6 +148,19 @@ CASES: dict[str, tuple[dict[str, Any], Shapes, str, tuple[str, ...], int]] = {
          "model.layers.0.mlp.experts.down_proj": (E, D, D), "model.layers.0.mlp.experts.down_proj_bias": (E, D),
          "model.layers.0.mlp.router.weight": (E, D), "model.layers.0.mlp.router.bias": (E,)},
         "model.layers.0.mlp.experts", ("hf",), 2),
+    "qwen3_omni_moe, whole": (
+        {"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": {**MOE, "num_experts": E}},
+         "talker_config": {"text_config": {"hidden_size": 20, "moe_intermediate_size": 16, "num_experts": 14}}},
+        {**around("thinker.model.embed_tokens.weight", "thinker.model.norm.weight", "thinker.lm_head.weight"),
+         **experts("thinker.model.layers.0.mlp.experts", SPLIT), "thinker.model.layers.0.mlp.gate.weight": (E, D),
+         **TALKER},
+        "thinker.model.layers.0.mlp.experts", ("hf", "split"), 1),
+    "qwen3_omni_moe_thinker, whole files": (
+        {"model_type": "qwen3_omni_moe_thinker", "text_config": {**MOE, "num_experts": E}},
+        {**around("thinker.model.embed_tokens.weight", "thinker.model.norm.weight", "thinker.lm_head.weight"),
+         **experts("thinker.model.layers.0.mlp.experts", SPLIT), "thinker.model.layers.0.mlp.gate.weight": (E, D),
+         **TALKER},
+        "thinker.model.layers.0.mlp.experts", ("hf", "split"), 1),
 }  # fmt: skip
 
 

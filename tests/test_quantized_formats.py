@@ -192,6 +192,72 @@ def test_converts_verifies_and_is_kept(tmp_path: Path, kind: str) -> None:
     assert restow.open(tmp_path / "two").problems == ()
 
 
+def test_several_formats_in_one_checkpoint(tmp_path: Path) -> None:
+    """NVFP4 made from a checkpoint that was quantised before: what it was not made from stays in the old formats."""
+    about = config(FORMATS["nvfp4"].about, E, F, D, num_hidden_layers=2)
+    kinds = {"layers.0.mlp.experts": nvfp4, "layers.1.mlp.experts": fp4_int8}
+    stored, values, want = rest(E, D), State(), rest(E, D)
+    for at, store in kinds.items():
+        for e, k in ((e, k) for e in range(E) for k in ("gate", "up", "down")):
+            name = f"model.{at}.{e}.{k}_proj"
+            parts, values[f"{name}.weight"] = store(len(values), *((D, F) if k == "down" else (F, D)))
+            stored |= {f"{name}{end}": tensor for end, tensor in parts.items()}
+        want |= grouped(values, E, f"model.{at}")
+    for name, store in ((Q_PROJ, mxfp8), (SHARED, fp8_e8m0)):
+        for layer in ("layers.0", "layers.1"):
+            name = name.replace("layers.0", layer)
+            parts, want[f"{name}.weight"] = store(len(stored), 96, D)
+            stored |= {f"{name}{end}": tensor for end, tensor in parts.items()}
+    for name in ("mlp.gate", "input_layernorm"):
+        stored[f"model.layers.1.{name}.weight"] = stored[f"model.layers.0.{name}.weight"].clone()
+        want[f"model.layers.1.{name}.weight"] = stored[f"model.layers.1.{name}.weight"]
+    folder = write(tmp_path / "a", stored, about)
+    assert restow.open(folder).problems == ()
+    into = {name: torch.full_like(value, 7, dtype=torch.float32) for name, value in want.items()}
+    restow.load(folder, into)
+    for name, value in want.items():
+        assert torch.equal(into[name], value.float()), name
+
+
+@pytest.mark.parametrize("said", ["nvfp4", "int4_packed", None])
+@pytest.mark.parametrize("scale", [".weight_scale", ".scale", ".weight_scale_inv"])
+def test_codes_that_nothing_announces_are_no_values(tmp_path: Path, said: str | None, scale: str) -> None:
+    """Outside the experts a file may hold more formats than its config tells: never cast as if there were no scale."""
+    form = FORMATS[said or "int4_packed"]
+    folder, stored, _ = build(tmp_path / "a", form)
+    stored = {name: t for name, t in stored.items() if not name.startswith((Q_PROJ, SHARED))}
+    about = config(form.about, E, F, D)
+    if said is None:
+        plain = {f"{EXPERTS}.{e}.{k}_proj.weight": torch.zeros((D, F) if k == "down" else (F, D))
+                 for e in range(E) for k in ("gate", "up", "down")}  # fmt: skip
+        stored = {name: t for name, t in stored.items() if EXPERTS not in name} | plain
+        del about["quantization_config"]
+    stored[f"{Q_PROJ}.weight"] = codes(1, 96, D).view(FP8)
+    stored[f"{Q_PROJ}{scale}"] = torch.tensor(0.5)
+    write(folder, stored, about)
+    into = {f"{Q_PROJ}.weight": torch.full((96, D), 7.0)}
+    with pytest.raises(errors.QuantizationError) as e:
+        restow.load(folder, into, part=True)
+    method = f"quant_method {form.about['quant_method']}" if said else "no quantization_config"
+    assert str(e.value) == (
+        f"expected weights in a codec that config.json announces ({method}), where plain values are wanted, "
+        f"found F8_E4M3 with {Q_PROJ}{scale} F32 [] beside it\n"
+        f"  tensor    {Q_PROJ}.weight\n"
+        f"  in        {folder}\n"
+        "  try       take a checkpoint with plain weights, or decode this one with the tool that wrote it; "
+        "inspect and verify read it as it is"
+    )
+    assert (into[f"{Q_PROJ}.weight"] == 7).all()
+    if said is not None:  # its new config would announce nothing
+        with pytest.raises(errors.QuantizationError, match="beside it"):
+            restow.convert(folder, tmp_path / "g", to="grouped")
+        assert not (tmp_path / "g").exists()
+        restow.convert(folder, tmp_path / "k", to="split", keep_quantized=True)
+    same = {f"{Q_PROJ}.weight": torch.zeros(96, D, dtype=FP8)}
+    restow.load(folder, same, part=True)
+    assert torch.equal(same[f"{Q_PROJ}.weight"].view(torch.uint8), codes(1, 96, D))
+
+
 def test_equals_compressed_tensors(tmp_path: Path) -> None:
     """Its own unpacking and dequantising, where the package is there."""
     pytest.importorskip("compressed_tensors")

@@ -52,6 +52,8 @@ INKLING = {
     "d_rel": 4,
     "unpadded_vocab_size": 50,
 }
+AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 28, "num_mel_bins": 8,
+         "downsample_hidden_size": 6, "output_dim": "$d", "max_source_positions": 20}  # fmt: skip
 DOTS_SLIDING = {f"swa_{key}": n for key, n in {
     "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12, "q_lora_rank": 14, "kv_lora_rank": 10,
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}.items()}  # fmt: skip
@@ -117,9 +119,9 @@ FAMILIES: dict[str, More] = {
     "unlimited_ocr": More("UnlimitedOcrForConditionalGeneration", "UnlimitedOcrConfig", {
         "text_config": MLP_TYPES, "vision_config": SAM}),
     "qwen3_omni_moe_thinker": More("Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3OmniMoeThinkerConfig", {
-        "audio_config": {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 28,
-                         "num_mel_bins": 8, "downsample_hidden_size": 6, "output_dim": "$d",
-                         "max_source_positions": 20}}),
+        "audio_config": AUDIO}),
+    "qwen3_omni_moe": More("Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeConfig", {
+        "enable_audio_output": False, "thinker_config": {"audio_config": AUDIO}}),
     "qwen4_exp_text": More("Qwen4ExpForCausalLM", "Qwen4ExpTextConfig", QWEN4),
     "diffusion_gemma": More("DiffusionGemmaForBlockDiffusion", "DiffusionGemmaConfig", {}),
     "granitemoeshared": More("GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig", {"intermediate_size": "$f"}),
@@ -160,7 +162,7 @@ def small(config: Any, special: Mapping[str, Any], pool: Mapping[str, Any] = SMA
     for key in config.sub_configs or ():
         part = getattr(own, key)  # the default's class, where any class is admitted
         if part is not None:
-            pool = SMALL if key == "text_config" else TOWER
+            pool = SMALL if key in ("text_config", "thinker_config") else TOWER
             template[key] = {**small(type(part), special.get(key, {}), pool), "model_type": part.model_type}
     return {
         **template,

@@ -181,14 +181,20 @@ class RouterRows:
     """A family's router rows, asked by name: hub and runtime names alike."""
 
     def __init__(self, family: Family | None) -> None:
+        self._family = family
         rows = family.routers if family is not None else ()
         runtime = [replace(row, name=tuple(_runtime(part, family) for part in row.name)) for row in rows]
         self._matcher = Matcher(((i, "", row) for i, row in enumerate([*rows, *runtime])), {})
 
     def row(self, name: str) -> Row | None:
-        """The router row that the end of `name` spells, on the hub or in the runtime; None for all else."""
+        """The router row that the end of `name` spells, on the hub or in the runtime; None for all else.
+
+        What the family passes over has no rows: another model's router in the same files has another model's sizes.
+        """
         hits = self._matcher.match(name)
-        return hits[0].row if hits else None
+        if not hits or (self._family is not None and self._family.passes_over(name)):
+            return None
+        return hits[0].row
 
 
 def _runtime(part: Part, family: Family | None) -> Part:

@@ -23,7 +23,10 @@ SCALE = ".scale"  # what the role of a companion row ends with
 BLOCK_LIMIT = 2**20
 METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType({"mxfp4": ("mxfp4",), "mxfp8": ("mxfp8",)})
 MODELOPT: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"NVFP4": ("nvfp4", "nvfp4_across"), "FP8_PB_WO": ("fp8_modelopt",)}
+    {  # beside NVFP4, what its source keeps: FP4 prediction blocks, FP8 in blocks or MXFP8 outside the experts
+        "NVFP4": ("nvfp4", "nvfp4_across", "fp4", "fp8_scale", "mxfp8"),
+        "FP8_PB_WO": ("fp8_modelopt",),
+    }
 )
 BITS: Mapping[tuple[str, bool], tuple[str, ...]] = MappingProxyType({  # by type, and whether scales are coded too
     ("nf4", False): ("nf4", "nf4_experts"),

@@ -30,7 +30,7 @@ from restow.errors import (
     show,
 )
 from restow.family import Family, Spelling
-from restow.layout import Layout, axis_size, name_of, rows_text, shape_of, solve_sizes
+from restow.layout import Layout, axis_size, drop_own_count, name_of, rows_text, shape_of, solve_sizes
 from restow.match import Matcher
 from restow.named import FORMS, GENERAL
 from restow.notation import Row
@@ -265,6 +265,7 @@ def _fit(
     for (role, index), name in matched.items():
         by_row[role][index] = name
     for row in layout.rows:
+        drop_own_count(row, by_row[row.role], shapes, solved)
         _count_name_axes(row, by_row[row.role], solved)
     for row in layout.rows:
         for name in list(by_row[row.role].values())[:1]:

@@ -71,6 +71,15 @@ def chosen_experts(experts: Experts, path: str, size: int) -> tuple[int, ...] | 
     return tuple(numbers)
 
 
+def chosen_rows(experts: Experts, path: str, size: int, length: int) -> tuple[int, ...] | None:
+    """The rows of a router of `length` for the experts chosen of `size`, or None for all.
+
+    Rows past the experts (shared ones, those that do nothing) belong to no expert that could be left out: they stay.
+    """
+    chosen = chosen_experts(experts, path, size)
+    return None if chosen is None else (*chosen, *range(size, length))
+
+
 def check_modules(source: Checkpoint, experts: Experts) -> None:
     """Raise `UsageError` where experts are chosen for a module that the source does not have."""
     strangers = [p for p in experts if p not in source.modules] if isinstance(experts, Mapping) else []

@@ -160,6 +160,26 @@ def name_of(row: Row, index: tuple[int, ...], sizes: Sizes) -> str:
     return "".join(out)
 
 
+def drop_own_count(
+    row: Row,
+    found: Mapping[tuple[int, ...], str],
+    shapes: Mapping[str, tuple[int, ...]],
+    solved: dict[str, int],
+) -> None:
+    """Let a role have as many experts as the others where it holds no more: those that do nothing may be left out."""
+    own = f"e@{row.base}"
+    if own not in solved or not found or "e" not in solved:
+        return
+    if "e" in row.name_axes:
+        at = row.name_axes.index("e")
+        held = 1 + max(index[at] for index in found)
+    else:
+        shape, dims = shapes[next(iter(found.values()))], list(map(str, row.dims))
+        held = shape[dims.index("e")] if "e" in dims and len(shape) == len(dims) else solved[own]
+    if held <= solved["e"]:
+        del solved[own]
+
+
 def solve_sizes(row: Row, shape: tuple[int, ...], sizes: Sizes) -> dict[str, int] | None:
     """The sizes that make `shape_of(row)` this shape: new ones by axis, or None where no sizes do.
 

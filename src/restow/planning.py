@@ -31,6 +31,7 @@ from restow.landing import (
     Wish,
     check_modules,
     chosen_experts,
+    chosen_rows,
     find_landing,
     held_side,
     pair_modules,
@@ -312,7 +313,10 @@ class _Draft:
         router = self.source.routers.get(source_name)
         if router is not None and wish.experts is not None and (wish.routers or target.shape != shape):
             at = next(i for i, dim in enumerate(router.dims) if str(dim) == "e")
-            experts = chosen_experts(wish.experts, self._owner(source_name), shape[at])
+            path = self._owner(source_name)
+            owner = self.source.modules.get(path)
+            size = owner.sizes.get("e", shape[at]) if owner is not None else shape[at]
+            experts = chosen_rows(wish.experts, path, size, shape[at])
             if experts is not None:
                 take = ((f"x{at}", experts),)
                 shape = (*shape[:at], len(experts), *shape[at + 1 :])

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from restow.checkpoint import Checkpoint
 from restow.codec import SCALE, SUFFIX, Announced, lost_scales, odd_grids
-from restow.codecs import WEIGHTS, Codec, spelled
+from restow.codecs import CODECS, WEIGHTS, Codec, spelled
 from restow.errors import MissingTensorError, QuantizationError, RestowError, show
 from restow.find import Module
 from restow.problems import Problem
 
 CODED = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "I8", "U8"})
 SCALES = frozenset({"F32", "F16", "BF16", "F8_E8M0"})
+BESIDE = tuple(dict.fromkeys(s.name for c in CODECS.values() if c.codes.name == "{}" for s in c.scales))
 
 
 def judge_quantized(found: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Problem, ...]:
@@ -152,18 +153,23 @@ def no_values(source: str, target: str, dtype: str) -> QuantizationError:
 
 
 def refuse_cast(source: Checkpoint, name: str, dtype: str) -> None:
-    """Raise where a coded tensor outside the experts would be cast as if its codes were values."""
+    """Raise where a coded tensor outside the experts would be cast as if its codes were values.
+
+    Any codec's scale beside it makes it one: what the config announces need not be all that a file holds.
+    """
     entry = source.tensors[name]
-    if dtype != entry.dtype and entry.dtype in CODED and name + SUFFIX in source.tensors:
-        raise _codec_error(source, name)
+    if dtype == entry.dtype or entry.dtype not in CODED:
+        return
+    for pattern in BESIDE:
+        if (scale := spelled(pattern, name)) in source.tensors:
+            raise _codec_error(source, name, entry.dtype, scale)
 
 
-def _codec_error(source: Checkpoint, name: str | None) -> QuantizationError:
-    codec = source.codec
-    what = f"{codec.method} ({codec.dtype} with scales)" if codec is not None else "weights with scales"
+def _codec_error(source: Checkpoint, name: str, dtype: str, scale: str) -> QuantizationError:
+    said = f"quant_method {source.codec.method}" if source.codec is not None else "no quantization_config"
     return QuantizationError(
-        "weights in a codec that this version of restow turns into plain values: none",
-        what,
+        f"weights in a codec that config.json announces ({said}), where plain values are wanted",
+        f"{dtype} with {show(scale)} {source.tensors[scale].dtype} {list(source.tensors[scale].shape)} beside it",
         path=source.path,
         tensor=name,
         hint="take a checkpoint with plain weights, or decode this one with the tool that wrote it; "

@@ -67,7 +67,7 @@ TABLES = (
     ignore    *.rotary_emb.inv_freq
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     """,
-    # The thinker alone: it reads the whole model's files too.
+    # The thinker alone: it reads the whole model's files too. The talker's experts have sizes of their own.
     """
     family    qwen3_omni_moe_thinker
     size      e = num_experts|num_local_experts
@@ -89,9 +89,33 @@ TABLES = (
               in    {e}.{p:gate|up}_proj.weight   f d
               out   {e}.down_proj.weight          d f
     router    router   mlp.gate.weight   e d
+    beside    talker.*
     ignore    talker.* code2wav.* *.rotary_emb.inv_freq *.rotary_pos_emb.inv_freq
     require   model.embed_tokens.weight model.norm.weight ?lm_head.weight
     tie       text_config.tie_word_embeddings
+    """,
+    # The whole model: the thinker's experts are stowed, the talker's come along as they are.
+    """
+    family    qwen3_omni_moe
+    size      e = thinker_config.text_config.num_experts|thinker_config.text_config.num_local_experts
+    size      f = thinker_config.text_config.moe_intermediate_size
+    size      d = thinker_config.text_config.hidden_size
+    size      L = thinker_config.text_config.num_hidden_layers
+    order     gate|up p f
+    module    mlp.experts
+    rename    ^thinker.model.layers thinker.model.language_model.layers
+    rename    ^thinker.model.embed_tokens thinker.model.language_model.embed_tokens
+    rename    ^thinker.model.norm thinker.model.language_model.norm
+    rename    ^thinker.visual thinker.model.visual
+    rename    ^thinker.audio_tower thinker.model.audio_tower
+    spelling  hf split
+              in    {e}.{p:gate|up}_proj.weight   f d
+              out   {e}.down_proj.weight          d f
+    router    router   mlp.gate.weight   e d
+    beside    talker.*
+    ignore    talker.* code2wav.* *.rotary_emb.inv_freq *.rotary_pos_emb.inv_freq
+    require   thinker.model.embed_tokens.weight thinker.model.norm.weight ?thinker.lm_head.weight
+    tie       thinker_config.text_config.tie_word_embeddings
     """,
     """
     family    deepseek_ocr2

@@ -16,7 +16,7 @@ import torch
 from restow.boxes import Run
 from restow.checkpoint import Checkpoint
 from restow.errors import IntegrityError, show
-from restow.landing import Wish, chosen_experts
+from restow.landing import Wish, chosen_experts, chosen_rows
 from restow.planning import Prepared
 from restow.problems import Problem
 from restow.targets import Runs, Target, whole_target
@@ -139,7 +139,8 @@ def _chosen(prepared: Prepared, name: str, target: Target) -> tuple[int, tuple[i
     path = max(
         prepared.source.modules, key=lambda p: sum(a == b for a, b in zip(p.split("."), words, strict=False))
     )
-    experts = chosen_experts(wish.experts, path, shape[at])
+    size = prepared.source.modules[path].sizes.get("e", shape[at])
+    experts = chosen_rows(wish.experts, path, size, shape[at])
     return None if experts is None else (at, experts)
 
 

@@ -25,10 +25,11 @@ import torch
 from restow.checkpoint import Checkpoint
 from restow.codec import without_quantization
 from restow.codecs import rounds
+from restow.coded import value_dtype
 from restow.decoded import CodedWeights
 from restow.encodings import Encoding, encoding_of, plain_form
 from restow.errors import MissingTensorError, UnexpectedTensorError, UsageError, show
-from restow.landing import Experts, Wish, check_modules, chosen_experts, layout_of
+from restow.landing import Experts, Wish, check_modules, chosen_rows, layout_of
 from restow.layout import Layout
 from restow.located import located
 from restow.mending import FLOATS as CASTS
@@ -38,6 +39,7 @@ from restow.outfiles import INDEX, OutFile, index_text, nbytes, new_files, recor
 from restow.planning import Prepared, prepare, refuse
 from restow.problems import Problem, merged
 from restow.publish import Staging
+from restow.quantized import refuse_cast
 from restow.record import SECTION, make_record, read_record
 from restow.sidefiles import side_files
 from restow.stated import statement
@@ -209,6 +211,8 @@ def _prepare(
     weights = prepared.source.coded
     decoded_from = sorted({c.name for c in weights.codecs}) if isinstance(weights, CodedWeights) else []
     if decoded_from and "config.json" in sides:
+        for name in prepared.source.others:  # codes would lose their meaning: the new config announces none
+            refuse_cast(prepared.source, name, value_dtype(opened.config))
         sides["config.json"] = without_quantization(sides["config.json"])
     if dtype is not None and "config.json" in sides:
         sides["config.json"] = with_dtype(sides["config.json"], str(dtype).removeprefix("torch."))
@@ -304,7 +308,8 @@ def _with_routers(opened: Checkpoint, targets: Sequence[Target], wish: Wish) -> 
             continue
         at = next(i for i, dim in enumerate(row.dims) if str(dim) == "e")
         path = max(opened.modules, key=partial(_shared, target.name))
-        chosen = chosen_experts(wish.experts, path, target.shape[at])
+        size = opened.modules[path].sizes.get("e", target.shape[at])
+        chosen = chosen_rows(wish.experts, path, size, target.shape[at])
         n = target.shape[at] if chosen is None else len(chosen)
         yield whole_target(target.name, (*target.shape[:at], n, *target.shape[at + 1 :]), target.dtype)
 
