@@ -66,6 +66,17 @@ def refused(tmp_path: Path, state: State, *holds: str, config: dict[str, Any] | 
 def test_the_good_one_passes(tmp_path: Path) -> None:
     source = adapters.write(tmp_path / "a", good(), r=2, lora_alpha=4)
     restow.lora.convert(source, tmp_path / "out", to="peft", base=adapters.base("qwen3_moe"))
+    restow.lora.convert(
+        tmp_path / "out", tmp_path / "back", to="peft-per-expert", base=adapters.base("qwen3_moe")
+    )
+    before, after = adapters.tensors(source), adapters.tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name in (name for name in before if ".lora_A." in name):
+        found, wanted = (
+            state[name.replace(".lora_A.", ".lora_B.")].double() @ state[name].double()
+            for state in (after, before)
+        )
+        assert bool(wanted.any()) and torch.equal(found, wanted), name
 
 
 @pytest.mark.parametrize("module", [LINEAR, EXPERT])

@@ -780,8 +780,11 @@ def late(rank: int, folder: Path, seconds: float) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_comes_late(tmp_path: Path, old: dict[str, bytes]) -> None:
-    """Later than a silent rank would be given up."""
+    """Later than a silent rank would be given up: the save is whole, and the new one."""
     values(ranks(2, tmp_path, late, tmp_path, peers_module.SILENCE + 2))
+    assert files(tmp_path / "out").keys() == old.keys() and files(tmp_path / "out") != old
+    assert restow.verify(tmp_path / "out").equal
+    assert nothing_left(tmp_path)
 
 
 def test_what_counts_as_late_and_what_as_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,7 @@ from restow.plans import Copy, Plan
 from restow.torch.transpose import LINE, Entry
 
 MANY = 8  # matrices that are taken together at most
-ROOM = (
-    3 << 18
-)  # bytes of a block of rows: smaller ones cost more calls than they save of the second-level cache
+ROOM = 3 << 18  # bytes of a block of rows; smaller ones cost more in calls than they spare the cache
 
 
 def side_by_side(plan: Plan, batches: Sequence[tuple[Copy, ...]]) -> bool | None:
