@@ -4,8 +4,9 @@ Threads read shares, from a list that was made before, each into a pinned tray. 
 caches of the processor hold them all: what is read goes to the device before memory sees it. The calling thread alone
 talks to the device: it sends a full tray to its place in a slot there, gives the tray back once it has left, and moves a
 full slot into the parameters' own storage on a second stream: transposes by one kernel driven by a table, the rest by
-torch's own copies, one for a run of experts. Trays and slots are allocated once a call, and nothing else is there.
-Sources in memory and host destinations are `read`'s, and rejected by `on_one_device`.
+torch's own copies, one for a run of experts. Trays and slots are allocated once a call, and nothing else is there; where
+codes are decoded, one of the slots is their scratch. Sources in memory and host destinations are `read`'s, and rejected
+by `on_one_device`; codes that need more than `coded_tiles` says are `read`'s too, by `halves`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from typing import NamedTuple, Protocol
 import torch
 
 from restow.plans import Plan
-from restow.torch.across import COLUMNS, launch
+from restow.torch.across import COLUMNS, Launch, launch
+from restow.torch.coded_slots import decodable, is_coded
+from restow.torch.device_decode import decode_there
 from restow.torch.packing import LARGE, SHARE, Piece, Shape
 from restow.torch.raw import raw
 from restow.torch.read import Booked, Progress, _compare, _Ledger
-from restow.torch.slotwork import TABLE, Job, Run, prepared
+from restow.torch.slotwork import TABLE, Job, Run, prepared, room_of
 from restow.torch.sources import Files
 from restow.torch.threads import local_ranks
 
@@ -77,12 +80,12 @@ def on_one_device(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether this is a plan of ours: files only, into one CUDA device only."""
     filled = {plan.targets[copy.target].name for copy in plan.copies}
     devices = {tensors[name].device for name in filled}
-    return (
-        len(devices) == 1
-        and next(iter(devices)).type == "cuda"
-        and not plan.codings
-        and all(part.file and part.coding < 0 for part in plan.parts)
-    )
+    return len(devices) == 1 and next(iter(devices)).type == "cuda" and all(part.file for part in plan.parts)
+
+
+def halves(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> tuple[Plan, Plan | None]:
+    """What the pump does of a plan of ours, and what it leaves: codes that it does not decode."""
+    return decodable(plan, tensors, room_of(SLOT, SLOT))
 
 
 def run_on_device(
@@ -105,7 +108,9 @@ def run_on_device(
         )  # ranks of a host share its caches
         made = (lane or Streams)(device, max(2, min(threads + SPARE, PINNED // size)), size)
         way = stack.enter_context(made)
-        job = prepared(plan, tensors, way.there, share=way.trays[0].numel())
+        coded = any(is_coded(plan, copy) for copy in plan.copies)
+        scratch = way.there.pop() if coded else None  # one slot less
+        job = prepared(plan, tensors, way.there, share=way.trays[0].numel(), scratch=scratch)
         ledger = _Ledger()
         ledger.book(*pump(job, way, filling(files), threads, progress))
         files.check()
@@ -232,17 +237,23 @@ class _Sending:
         """Move the tiles of a slot that is whole."""
         job, lane = self._job, self._lane
         work, slot = job.work[number], number % len(lane.there)
-        base, there = 0, lane.there[slot]
-        if work.launches:
-            base = work.launches[0].first
-            table = lane.table(job.rows[base : work.launches[-1].last], slot)
+        there, (base, end) = lane.there[slot], work.table
+        table = lane.table(job.rows[base:end], slot) if base < end else there
+
+        def moved(launches: Sequence[Launch], runs: Sequence[Run], memory: torch.Tensor) -> None:
+            for what in launches:
+                launch(table[what.first - base : what.last - base], what)
+            for run in runs:
+                shape = job.packed.shapes[run.shape]
+                _copy(run, shape, memory, job.targets[shape.target])
 
         def move() -> None:
-            for what in work.launches:
-                launch(table[what.first - base : what.last - base], what)
-            for run in work.runs:
-                shape = job.packed.shapes[run.shape]
-                _copy(run, shape, there, job.targets[shape.target])
+            moved(work.launches, work.runs, there)
+            for batch in work.batches:
+                assert job.scratch is not None
+                for one in batch.decodings:
+                    decode_there(one, job.decodes[one.decode], there, job.scratch)
+                moved(batch.launches, batch.runs, job.scratch.room)
 
         lane.move(slot, move)
         for target, elements in work.written.items():
