@@ -139,22 +139,13 @@ def coded_slots(
     lies = _lined(begin[order], need[order], widths[parts][order], slot[held][order])
     at[held[order], seat[order]] = lies
 
-    each = [[seat.reads for seat in one.seats] for one in rows]
-    found = [  # (seat in order, byte in the part's seat, bytes, byte in the seat)
-        (i, *read)
-        for i, (row, number) in enumerate(
-            zip(job.row[mine][held[order]].tolist(), seat[order].tolist(), strict=True)
-        )
-        for read in each[row][number]
-    ]
-    table = np.array(found, np.int64)
-    which = table[:, 0]
+    which, from_, length, into = _reads(rows, job.row[mine][held[order]], seat[order])
     reads = (
         slot[held][order][which],
         files[parts][order][which],
-        begin[order][which] + table[:, 1],
-        table[:, 2],
-        lies[which] + table[:, 3],
+        begin[order][which] + from_,
+        length,
+        lies[which] + into,
     )
     shares = list(_shares(names, share, *_joined(*reads)))
     counts = np.bincount([one.slot for one in shares], minlength=int(slot[-1]) + 1)
@@ -181,6 +172,18 @@ def _seats(rows: Sequence[CodedJob], values: Sequence[Sequence[int]]) -> Ints:
     for line, some in zip(found, values, strict=True):
         line[: len(some)] = some
     return found
+
+
+def _reads(rows: Sequence[CodedJob], row: Ints, seat: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """Every read of seats, which are given as a row and a number there: the seat's place among them, and the read."""
+    each = [one.seats[i].reads if i < len(one.seats) else () for one in rows for i in range(SEATS)]
+    counts = _array([len(reads) for reads in each])
+    flat = np.array([read for reads in each for read in reads], np.int64).reshape(-1, 3)
+    many = counts[row * SEATS + seat]
+    which = np.repeat(np.arange(len(row)), many)
+    number = np.arange(len(which)) - np.repeat(np.cumsum(many) - many, many)
+    begin, length, at = flat[(np.cumsum(counts) - counts)[(row * SEATS + seat)[which]] + number].T
+    return which, begin, length, at
 
 
 def _filled(need: Ints, capacity: int) -> Ints:

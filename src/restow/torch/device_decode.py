@@ -67,11 +67,12 @@ def scheduled(coded: Coded, size: int) -> tuple[list[tuple[int, list[Decoding]]]
         slot, decode = int(coded.slot[first]), int(coded.decode[first])
         values, factors, places = rooms[decode]
         each = values + factors + places
+        most = (size - 3 * ALIGN) // each
         while times:
-            if slot != now or (size - used - 3 * ALIGN) // each < 1:
-                batches.append((slot, []))
-                used, now = 0, slot
             many = min(times, (size - used - 3 * ALIGN) // each)
+            if slot != now or many < min(times, max(1, most // 2)):  # few launches rather than a full scratch
+                batches.append((slot, []))
+                used, now, many = 0, slot, min(times, most)
             beside = used + -(-many * values // ALIGN) * ALIGN
             looked = beside + -(-many * factors // ALIGN) * ALIGN
             lies = tuple(
