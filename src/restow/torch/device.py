@@ -2,8 +2,9 @@
 
 What is sent to a slot travels on a stream of that slot; a full one is moved into the parameters' own storage on one more
 stream: transposes by one kernel driven by a table, the rest by torch's own copies, one for a run of experts. Trays and
-slots are allocated once a call, and nothing else is there. Sources in memory and host destinations are `read`'s, and
-rejected by `on_one_device`.
+slots are allocated once a call, and nothing else is there; where codes are decoded, one of the slots is their scratch.
+Sources in memory and host destinations are `read`'s, and rejected by `on_one_device`; codes that need more than
+`coded_tiles` says are `read`'s too, by `halves`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 
 from restow.plans import Plan
 from restow.torch.across import COLUMNS
+from restow.torch.coded_slots import decodable, is_coded
 from restow.torch.packing import LARGE, SHARE, Piece
 from restow.torch.pump import Fill, Lane, pump
 from restow.torch.read import Booked, Progress, _compare, _Ledger
-from restow.torch.slotwork import TABLE, prepared
+from restow.torch.slotwork import TABLE, prepared, room_of
 from restow.torch.sources import Files
 from restow.torch.threads import local_ranks
 
@@ -31,12 +33,12 @@ def on_one_device(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether this is a plan of ours: files only, into one CUDA device only."""
     filled = {plan.targets[copy.target].name for copy in plan.copies}
     devices = {tensors[name].device for name in filled}
-    return (
-        len(devices) == 1
-        and next(iter(devices)).type == "cuda"
-        and not plan.codings
-        and all(part.file and part.coding < 0 for part in plan.parts)
-    )
+    return len(devices) == 1 and next(iter(devices)).type == "cuda" and all(part.file for part in plan.parts)
+
+
+def halves(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> tuple[Plan, Plan | None]:
+    """What the pump does of a plan of ours, and what it leaves: codes that it does not decode."""
+    return decodable(plan, tensors, room_of(SLOT, SLOT))
 
 
 def run_on_device(
@@ -57,7 +59,9 @@ def run_on_device(
     with ExitStack() as stack:
         files = Files(stack, root, stamps)
         way = (lane or Streams)(device, readers, size)
-        job = prepared(plan, tensors, way.there, share=way.trays[0].numel())
+        coded = any(is_coded(plan, copy) for copy in plan.copies)
+        scratch = way.there.pop() if coded else None  # one slot less
+        job = prepared(plan, tensors, way.there, share=way.trays[0].numel(), scratch=scratch)
         ledger = _Ledger()
         ledger.book(*pump(job, way, filling(files), readers, progress))
         files.check()

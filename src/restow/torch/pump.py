@@ -18,7 +18,8 @@ from typing import Protocol
 
 import torch
 
-from restow.torch.across import launch
+from restow.torch.across import Launch, launch
+from restow.torch.device_decode import decode_there
 from restow.torch.packing import Piece, Shape
 from restow.torch.raw import raw
 from restow.torch.read import Progress
@@ -155,17 +156,23 @@ def _reader(job: Job, lane: Lane, fill: Fill, turns: _Turns, tray: int) -> None:
 def _move(job: Job, lane: Lane, number: int) -> None:
     """Move the tiles of a slot that is full."""
     work, slot = job.work[number], number % len(lane.there)
-    base, there = 0, lane.there[slot]
-    if work.launches:
-        base = work.launches[0].first
-        table = lane.table(job.rows[base : work.launches[-1].last], slot)
+    there, (base, end) = lane.there[slot], work.table
+    table = lane.table(job.rows[base:end], slot) if base < end else there
+
+    def moved(launches: Sequence[Launch], runs: Sequence[Run], memory: torch.Tensor) -> None:
+        for what in launches:
+            launch(table[what.first - base : what.last - base], what)
+        for run in runs:
+            shape = job.packed.shapes[run.shape]
+            _copy(run, shape, memory, job.targets[shape.target])
 
     def move() -> None:
-        for what in work.launches:
-            launch(table[what.first - base : what.last - base], what)
-        for run in work.runs:
-            shape = job.packed.shapes[run.shape]
-            _copy(run, shape, there, job.targets[shape.target])
+        moved(work.launches, work.runs, there)
+        for batch in work.batches:
+            assert job.scratch is not None
+            for one in batch.decodings:
+                decode_there(one, job.decodes[one.decode], there, job.scratch)
+            moved(batch.launches, batch.runs, job.scratch.room)
 
     lane.move(slot, move)
 

@@ -1,7 +1,8 @@
 """What a pump of slots does, decided before its first read: launches and copies of every slot, and the kernel's tables.
 
 Transposes without a cast become rows of a table for one launch a slot; everything else is torch's copy, one for a run of
-like tiles at even distances. It moves no data and rejects nothing.
+like tiles at even distances. Codes have slots of their own after the plain ones: they are decoded into a scratch, as often
+as it is full, and moved from there. It moves no data and rejects nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 
 from restow.plans import Plan
 from restow.torch.across import COLUMNS, Launch, Matrix, launches, matrix_of, usable
+from restow.torch.coded_slots import coded_slots, parted
+from restow.torch.coded_tiles import Decode
+from restow.torch.device_decode import TABLES, Decoding, Scratch, scheduled, scratch_of
 from restow.torch.packing import SHARE, Ints, Packed, packed
 
 TABLE = 1 << 20  # bytes of a slot that are kept for the table of its transposes
@@ -32,12 +36,28 @@ class Run(NamedTuple):
     far: int
 
 
+class Batch(NamedTuple):
+    """What is decoded into the scratch at once, and goes from there."""
+
+    decodings: list[Decoding]
+    launches: list[Launch]
+    runs: list[Run]
+
+
 class Work(NamedTuple):
-    """What is left to do with a slot that has arrived: launches of the kernel, copies of torch's, elements by target."""
+    """What is left to do with a slot that has arrived: launches of the kernel, copies of torch's, elements by target; of
+    codes, batch after batch."""
 
     launches: list[Launch]
     runs: list[Run]
     written: dict[int, int]
+    batches: Sequence[Batch] = ()
+
+    @property
+    def table(self) -> tuple[int, int]:
+        """The rows of all tables that it needs."""
+        every = [*self.launches, *(one for batch in self.batches for one in batch.launches)]
+        return (every[0].first, every[-1].last) if every else (0, 0)
 
 
 class Job(NamedTuple):
@@ -48,6 +68,8 @@ class Job(NamedTuple):
     rows: torch.Tensor
     targets: list[torch.Tensor]
     size: int  # bytes that are read in all
+    decodes: Sequence[Decode] = ()
+    scratch: Scratch | None = None
 
 
 def prepared(
@@ -56,36 +78,87 @@ def prepared(
     there: Sequence[torch.Tensor],
     worth: int = WORTH,
     share: int = SHARE,
+    scratch: torch.Tensor | None = None,
 ) -> Job:
-    """Everything that can be decided before the first read; `there` are the device slots."""
-    box = packed(plan, tensors, there[0].numel() - TABLE, share)
+    """Everything that can be decided before the first read; `there` are the device slots, `scratch` is as large as one,
+    and needed where there are codes."""
+    plain, codes = parted(plan)
+    box = packed(plain, tensors, there[0].numel() - TABLE, share)
     targets = [tensors[t.name] if t.name in tensors else torch.empty(0) for t in plan.targets]
-    size = sum(length for one in box.shares for _, _, length, _ in one.pieces)
+    coded = None
+    if scratch is not None:
+        coded = coded_slots(codes, tensors, room_of(there[0].numel(), scratch.numel()), share)
+    shares = [*box.shares, *(coded.shares if coded is not None else ())]
+    size = sum(length for one in shares for _, _, length, _ in one.pieces)
+    use = size >= worth
+    numbers = np.arange(len(box.slots))
+    slot_of = np.repeat(numbers, [slot.last - slot.first for slot in box.slots])
+    base = np.array([slot.data_ptr() for slot in there], np.int64)[numbers % len(there)]
+    rows, mine, runs = _moves(box, targets, slot_of, numbers, base, use)
+    work = [Work(mine[i], runs[i], _written(box, slot.first, slot.last)) for i, slot in enumerate(box.slots)]
+    job = Job(box, work, torch.from_numpy(rows), targets, size)
+    if coded is not None and scratch is not None:
+        batches, unit, at = scheduled(coded, scratch.numel() - TABLES)
+        moved = Packed([], coded.slots, coded.shapes, coded.shape, at, coded.to)
+        home = np.full(len(batches), scratch.data_ptr(), np.int64)
+        more, mine, runs = _moves(moved, targets, unit, np.array([slot for slot, _ in batches]), home, use)
+        after, shift, count = len(rows), len(box.slots), len(box.shapes)
+        held: list[list[Batch]] = [[] for _ in coded.slots]
+        for (slot, decodings), launched, copied in zip(batches, mine, runs, strict=True):
+            moves = [one._replace(first=one.first + after, last=one.last + after) for one in launched]
+            copies = [one._replace(shape=one.shape + count) for one in copied]
+            held[slot].append(Batch(decodings, moves, copies))
+        work += [Work([], [], _written(moved, s.first, s.last), held[i]) for i, s in enumerate(coded.slots)]
+        late = [one._replace(slot=one.slot + shift) for one in coded.shares]
+        box = box._replace(
+            shares=[*box.shares, *late],
+            slots=[*box.slots, *coded.slots],
+            shapes=[*box.shapes, *coded.shapes],
+        )
+        rows = np.concatenate([rows, more])
+        job = Job(
+            box,
+            work,
+            torch.from_numpy(rows),
+            targets,
+            size,
+            coded.decodes,
+            scratch_of(scratch, coded.decodes),
+        )
+    return job._replace(rows=job.rows.pin_memory()) if there[0].is_cuda else job
+
+
+def room_of(slot: int, scratch: int) -> tuple[int, int]:
+    """What a slot and a scratch of these sizes take of codes and of values."""
+    return slot - TABLE, scratch - TABLES
+
+
+def _moves(
+    box: Packed, targets: Sequence[torch.Tensor], unit: Ints, slot: Ints, base: Ints, use: bool
+) -> tuple[Ints, list[list[Launch]], list[list[Run]]]:
+    """The rows of all tables, and of each unit (a slot, or a batch of one) its launches and runs; `unit` has that of each
+    tile, `slot` and `base` the slot and the address of each unit; `use` says whether the kernel is worth it."""
     matrices = [
         matrix_of(shape.sizes, shape.source, shape.strides)
-        if size >= worth
+        if use
         and shape.dtype == targets[shape.target].dtype
-        and usable(there[0].device, shape.dtype.itemsize)
+        and usable(targets[shape.target].device, shape.dtype.itemsize)
         else None
         for shape in box.shapes
     ]
-    base = np.array([slot.data_ptr() for slot in there], np.int64)
     home = [targets[shape.target].untyped_storage().data_ptr() for shape in box.shapes]
     counts = np.array([len(m.places) if m is not None else 0 for m in matrices], np.int64)
-    slot_of = np.repeat(np.arange(len(box.slots)), [slot.last - slot.first for slot in box.slots])
-    rows_of = np.bincount(slot_of, counts[box.shape], len(box.slots))  # a table that is too long is none
-    ours = (counts[box.shape] > 0) & (rows_of[slot_of] * COLUMNS * 8 <= TABLE)
+    rows_of = np.bincount(slot[unit], counts[box.shape])  # a table that is too long is none
+    ours = (counts[box.shape] > 0) & (rows_of[slot[unit]] * COLUMNS * 8 <= TABLE)
     tiles = np.flatnonzero(ours)
-    rows, widths, keys = _table(box, matrices, tiles, home, base[slot_of[tiles] % len(there)], slot_of)
-    mine: list[list[Launch]] = [[] for _ in box.slots]
+    rows, widths, keys = _table(box, matrices, tiles, home, base[unit[tiles]], unit)
+    mine: list[list[Launch]] = [[] for _ in slot]
     for one in launches(rows, widths, keys):
         mine[int(keys[one.first])].append(one)
-    runs: list[list[Run]] = [[] for _ in box.slots]
-    for number, found in _runs(box, np.flatnonzero(~ours), slot_of):
+    runs: list[list[Run]] = [[] for _ in slot]
+    for number, found in _runs(box, np.flatnonzero(~ours), unit):
         runs[number].append(found)
-    work = [Work(mine[i], runs[i], _written(box, slot.first, slot.last)) for i, slot in enumerate(box.slots)]
-    table = torch.from_numpy(rows)
-    return Job(box, work, table.pin_memory() if there[0].is_cuda else table, targets, size)
+    return rows, mine, runs
 
 
 def _table(
