@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -171,12 +171,6 @@ def _place(buffer: torch.Tensor, at: int, target: Target) -> torch.Tensor:
     """A target's held part in the buffer, from byte `at`."""
     dtype, shape = torch_dtype(target.dtype), held(target.runs)
     return buffer[at : at + prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in memory, no copy."""
-    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
 
 
 def stream(

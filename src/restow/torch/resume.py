@@ -19,9 +19,10 @@ from restow.errors import RestowError
 from restow.files import open_source
 from restow.outfiles import OutFile
 from restow.planning import Prepared
-from restow.torch.chunks import CHUNK, Filled, raw, slices
+from restow.torch.chunks import CHUNK, Filled, slices
 from restow.torch.digesting import Digests
 from restow.torch.dtypes import torch_dtype
+from restow.torch.raw import raw
 
 PART = CHUNK // 2
 
