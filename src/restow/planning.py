@@ -26,7 +26,6 @@ from restow.errors import (
     ShapeMismatchError,
     show,
 )
-from restow.find import Module
 from restow.landing import (
     Wish,
     check_modules,
@@ -38,6 +37,7 @@ from restow.landing import (
 )
 from restow.layout import shape_of
 from restow.lost import Lost, lost_error
+from restow.module import Module
 from restow.moves import Move, Pattern, Side, freeze, moves
 from restow.naming import check_rename, renamed
 from restow.notation import Dim, Factor, Row

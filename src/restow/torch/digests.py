@@ -17,8 +17,8 @@ import xxhash
 from restow.checkpoint import Checkpoint
 from restow.errors import IntegrityError, show
 from restow.family import Family
-from restow.find import Module
 from restow.landing import Wish
+from restow.module import Module
 from restow.planning import Prepared
 from restow.targets import Target, whole_target
 from restow.torch.chunks import Filled, slices, stream

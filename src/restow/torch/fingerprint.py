@@ -19,9 +19,10 @@ import torch
 from restow.checkpoint import Checkpoint
 from restow.decoded import decoded
 from restow.family import Family
-from restow.find import Module, candidates_of, find_modules
+from restow.find import candidates_of, find_modules
 from restow.landing import Wish, layout_of
 from restow.layout import Layout
+from restow.module import Module
 from restow.opening import by_config, family_of, open_checkpoint
 from restow.planning import Prepared, raise_fatal
 from restow.problems import merged

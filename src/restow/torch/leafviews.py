@@ -14,8 +14,8 @@ import torch
 
 from restow.boxes import Run, boxes_of
 from restow.family import Family
-from restow.find import Module
 from restow.layout import axis_size
+from restow.module import Module
 from restow.notation import Row
 from restow.targets import Runs
 from restow.torch.leaves import name_index

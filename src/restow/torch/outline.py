@@ -41,9 +41,10 @@ from restow.errors import (
 )
 from restow.family import Family
 from restow.files import open_source, read_all
-from restow.find import Module, candidates_of, find_modules
+from restow.find import candidates_of, find_modules
 from restow.landing import layout_of
 from restow.layout import Layout, axis_size, name_of, shape_of
+from restow.module import Module
 from restow.naming import Rename, fits, renamed
 from restow.opening import by_config
 from restow.outfiles import INDEX, OutFile, index_text, new_files, recorded_files
