@@ -122,6 +122,7 @@ def survey(
         _Shapes(tensors),
         with_scales(candidates, codec),
         sizes,
+        family=family,
         claimed=lambda name: (
             layout is not None
             or routers.row(name) is not None

@@ -46,6 +46,7 @@ def find_modules(
     candidates: Sequence[Spelling],
     sizes: Mapping[str, int],
     *,
+    family: Family | None,
     claimed: Callable[[str], bool] = lambda name: False,
     beside: Callable[[str], bool] = lambda name: False,
     local: Mapping[str, int] | None = None,
@@ -55,12 +56,13 @@ def find_modules(
 ) -> Findings:
     """Find every experts module among `shapes` (name -> shape).
 
-    `sizes` come from the config (or from the other side), `local` those of axes whose dims are held in part;
-    `claimed` tells names below modules that are no expert weights, and `beside` those that are none even where a row
-    spells them; `partial` admits modules of which only some experts are there (a rank's own).
+    `sizes` come from the config (or from the other side), `local` those of axes whose dims are held in part; the
+    `family` tells which sizes a role has of its own; `claimed` tells names below modules that are no expert weights,
+    and `beside` those that are none even where a row spells them; `partial` admits modules of which only some experts
+    are there (a rank's own).
     """
     gathered, missed = gather(shapes, candidates, sizes, claimed=claimed, beside=beside)
-    known = Known(sizes, local or {}, partial, what, codec)
+    known = Known(sizes, family.sizes if family is not None else (), local or {}, partial, what, codec)
     modules: dict[str, Module] = {}
     errors: list[tuple[str, RestowError]] = []
     for one in gathered:

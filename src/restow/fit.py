@@ -6,6 +6,7 @@ shapes, and scales that are lost or have other grids; as a list of errors, since
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -18,19 +19,22 @@ from restow.codec import Announced, lost_scales, odd_grids
 from restow.codecs import COMPANIONS, ragged
 from restow.errors import RestowError, SizeError
 from restow.family import Spelling
-from restow.layout import axis_size, drop_own_count, name_of, shape_of, solve_sizes
+from restow.layout import Layout, SizeLine, axis_size, drop_own_count, name_of, shape_of, solve_sizes
 from restow.misfits import count_errors, shape_error
 from restow.module import Module, Shapes
 from restow.notation import Row
 
-SECOND = ("in2", "out2")  # the roles of a second bank of experts
 HOLES = 1000  # tensors named at most when nearly all of a module is missing
 
 
 class Known(NamedTuple):
-    """What is known before a module is looked at: global sizes, sizes of dims held in part, whether parts are fine."""
+    """What is known before a module is looked at: global sizes, sizes of dims held in part, whether parts are fine.
+
+    `lines` are the family's, which tell the sizes that a role has of its own.
+    """
 
     sizes: Mapping[str, int]
+    lines: Sequence[SizeLine]
     local: Mapping[str, int]
     partial: bool
     what: str
@@ -45,25 +49,12 @@ def fit(
     known: Known,
 ) -> tuple[Module, list[RestowError]]:
     """One candidate against one module: the module as it would be, and every reason against it."""
-    layout = spelling.layout
-    errors: list[RestowError] = []
-    solved, local = dict(known.sizes), dict(known.local)
+    layout, local = spelling.layout, known.local
     by_row: dict[str, dict[tuple[int, ...], str]] = {row.role: {} for row in layout.rows}
     for (role, index), name in matched.items():
         by_row[role][index] = name
-    for row in layout.rows:
-        drop_own_count(row, by_row[row.role], shapes, solved)
-        _count_name_axes(row, by_row[row.role], solved)
-    for row in layout.rows:
-        for name in list(by_row[row.role].values())[:1]:
-            given = {**solved, **local}
-            if row.base in SECOND and "f" not in known.sizes:  # its width is its own
-                given.pop("f", None)
-            fresh = solve_sizes(row, shapes[name], given) or {}
-            if row.base in SECOND and "f" in fresh:
-                solved |= {f"f@{base}": fresh["f"] for base in SECOND}
-                del fresh["f"]
-            solved.update({axis: size for axis, size in fresh.items() if axis not in local})
+    solved = _solved(layout, by_row, shapes, known)
+    errors: list[RestowError] = []
     tensors: dict[str, tuple[str | None, ...]] = {}
     wrong: list[tuple[str, str]] = []
     missing, lacking = list[str](), 0
@@ -103,6 +94,42 @@ def fit(
     if not errors and grids:
         errors.append(odd_grids(grids, known.codec))
     return module, errors
+
+
+def _solved(
+    layout: Layout, by_row: Mapping[str, Mapping[tuple[int, ...], str]], shapes: Shapes, known: Known
+) -> dict[str, int]:
+    """The sizes of a module: those that are known, then those that its names and one tensor a row give, row by row."""
+    own = _own_sizes((*known.lines, *layout.sizes))
+    solved = dict(known.sizes)
+    for row in layout.rows:
+        drop_own_count(row, by_row[row.role], shapes, solved)
+        _count_name_axes(row, by_row[row.role], solved)
+    for row in layout.rows:
+        mine = own.get(row.base, {})
+        for name in list(by_row[row.role].values())[:1]:
+            given = {**solved, **known.local}
+            for axis in mine.keys() - known.sizes.keys():
+                given.pop(axis, None)
+            for axis, size in (solve_sizes(row, shapes[name], given) or {}).items():
+                if axis in mine:
+                    solved |= dict.fromkeys(mine[axis], size)
+                elif axis not in known.local:
+                    solved[axis] = size
+    return solved
+
+
+def _own_sizes(lines: Sequence[SizeLine]) -> dict[str, dict[str, list[str]]]:
+    """Role -> axis -> the sizes that are the same one: `f` of `in2` is `f@in2`, and `f@out2` if its line says the same.
+
+    Numbers of experts are not among them: a role with fewer than others has lost some, unless the config says more.
+    """
+    mine = [line for line in lines if line.role and line.axis != "e"]
+    own: dict[str, dict[str, list[str]]] = defaultdict(dict)
+    for line in mine:
+        alike = [other.key for other in mine if (other.axis, other.terms) == (line.axis, line.terms)]
+        own[line.role or ""][line.axis] = alike
+    return own
 
 
 def _expected(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...] | None:

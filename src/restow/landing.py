@@ -124,6 +124,7 @@ def find_landing(
         shapes,
         candidates,
         sizes,
+        family=family,
         claimed=lambda name: True,  # whatever else lies there is filled by its name, or missing
         beside=lambda name: _beside(name, family, wish.places),
         local=local,

@@ -96,7 +96,9 @@ def _of_state(state: Into, family: Family | None, layout: str | Layout | None) -
     sizes = {} if family is None or config is None else dict(family.read_sizes(config))
     sizes.setdefault("p", len(family.labels) if family else 2)
     candidates = candidates_of(family, layout_of(layout, family))
-    found = find_modules(shapes, candidates, sizes, claimed=lambda name: True, what="the state")
+    found = find_modules(
+        shapes, candidates, sizes, family=family, claimed=lambda name: True, what="the state"
+    )
     if found.errors:
         raise merged(found.errors)
     owners = owners_of(found.modules)

@@ -205,6 +205,7 @@ def new_outline(
         shapes,
         candidates,
         sizes,
+        family=family,
         claimed=lambda name: True,
         local=local,
         partial=bool(local),
