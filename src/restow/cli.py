@@ -101,7 +101,7 @@ def plan(
     from restow.explain_plan import rank_plans
     from restow.landing import layout_of
     from restow.opening import open_checkpoint
-    from restow.planning import refuse
+    from restow.prepare import refuse
     from restow.ranks import free_layouts, node_figures
 
     opened = open_checkpoint(path, family=family)
@@ -148,7 +148,7 @@ def convert(
     from restow.encodings import encoding_of
     from restow.landing import layout_of
     from restow.opening import open_checkpoint
-    from restow.planning import refuse
+    from restow.prepare import refuse
 
     opened = open_checkpoint(source, layout=layout_option(layout), family=family)
     wanted = layout_option(to)
@@ -187,7 +187,7 @@ def verify(
     from restow.answers import verified
     from restow.judge import undecodable
     from restow.opening import open_checkpoint
-    from restow.planning import refuse
+    from restow.prepare import refuse
     from restow.problems import merged
 
     sides = [open_checkpoint(p, layout=layout_option(layout), family=family) for p in (a, b) if p is not None]
@@ -272,7 +272,7 @@ def merge(
     """Write a base plus an adapter's deltas, in the base's own layout, files and precision."""
     from restow.answers import adapted
     from restow.opening import open_checkpoint
-    from restow.planning import refuse
+    from restow.prepare import refuse
 
     opened = open_checkpoint(base, family=family)
     refuse(opened, strict)  # before torch is imported

@@ -9,6 +9,7 @@ from restow.codecs import Codec
 from restow.layout import Layout
 
 Shapes = Mapping[str, tuple[int, ...]]  # of stored tensors, by name
+Owner = tuple[str, str, int]  # module path, role, place among the role's tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +26,14 @@ class Module:
     sizes: Mapping[str, int]
     tensors: Mapping[str, tuple[str | None, ...]]
     codec: Codec | None = None  # what its weights are coded in
+
+
+def owners_of(modules: Mapping[str, Module]) -> dict[str, Owner]:
+    """Every stored tensor of experts modules: name -> (module path, role, place among the role's tensors)."""
+    return {
+        name: (path, role, place)
+        for path, module in modules.items()
+        for role, names in module.tensors.items()
+        for place, name in enumerate(names)
+        if name is not None
+    }

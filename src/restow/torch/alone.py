@@ -20,7 +20,7 @@ from restow.checkpoint import Checkpoint
 from restow.landing import Wish
 from restow.located import located
 from restow.outfiles import nbytes
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.problems import merged
 from restow.targets import whole_target
 from restow.torch.chunks import Filled, stream

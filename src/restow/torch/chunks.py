@@ -17,7 +17,8 @@ import torch
 from restow.boxes import Run, held
 from restow.joining import Joined, joined
 from restow.layout import axis_size
-from restow.planning import Prepared, plan_of
+from restow.planning import plan_of
+from restow.prepare import Prepared
 from restow.targets import Runs, Target
 from restow.torch.dtypes import torch_dtype
 from restow.torch.read import Watch, run_plan

@@ -36,7 +36,7 @@ from restow.mending import FLOATS as CASTS
 from restow.mending import with_dtype, with_experts
 from restow.opening import open_checkpoint
 from restow.outfiles import INDEX, OutFile, index_text, nbytes, new_files, recorded_files
-from restow.planning import Prepared, prepare, refuse
+from restow.prepare import Prepared, prepare, refuse
 from restow.problems import Problem, merged
 from restow.publish import Staging
 from restow.quantized import refuse_cast

@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from restow.outfiles import OutFile, nbytes
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.problems import Problem
 from restow.torch.chunks import Filled
 from restow.torch.digests import Known, Leaves

@@ -16,7 +16,7 @@ import xxhash
 from restow.checkpoint import Checkpoint
 from restow.landing import Wish
 from restow.layout import Layout
-from restow.planning import Prepared, prepare
+from restow.prepare import Prepared, prepare
 from restow.torch.chunks import CHUNK, fill, grouped, slices
 from restow.torch.dtypes import torch_dtype
 from restow.torch.leaves import Leaf, name_index

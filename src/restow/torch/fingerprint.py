@@ -22,13 +22,13 @@ from restow.family import Family
 from restow.find import candidates_of, find_modules
 from restow.landing import Wish, layout_of
 from restow.layout import Layout
-from restow.module import Module
+from restow.module import Module, Owner, owners_of
 from restow.opening import by_config, family_of, open_checkpoint
-from restow.planning import Prepared, raise_fatal
+from restow.prepare import Prepared, raise_fatal
 from restow.problems import merged
 from restow.targets import Runs, whole_target
 from restow.torch.chunks import CHUNK, fill, grouped, room, slices
-from restow.torch.leafviews import Owner, leaf_views, owners_of
+from restow.torch.leafviews import leaf_views
 from restow.torch.storage import Into, slots_of
 from restow.torch.sums import MASK, bilinear, plain_sum
 

@@ -36,8 +36,9 @@ from restow.layout import Layout
 from restow.naming import Rename, check_rename, renamed
 from restow.opening import family_of, open_checkpoint
 from restow.pages import on_network
-from restow.planning import make_plan, plan_of, prepare, refuse
+from restow.planning import make_plan, plan_of
 from restow.plans import Plan
+from restow.prepare import prepare, refuse
 from restow.problems import Problem, alike, merged
 from restow.targets import Shard
 from restow.torch.check import check_load

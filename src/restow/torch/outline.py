@@ -49,7 +49,7 @@ from restow.naming import Rename, fits, renamed
 from restow.opening import by_config
 from restow.outfiles import INDEX, OutFile, index_text, new_files, recorded_files
 from restow.packing import packed_weights
-from restow.planning import raise_fatal
+from restow.prepare import raise_fatal
 from restow.problems import merged
 from restow.sidefiles import side_files
 from restow.stated import statement

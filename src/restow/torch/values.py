@@ -29,7 +29,7 @@ from restow.landing import Wish, chosen_experts
 from restow.layout import axis_size
 from restow.located import located
 from restow.notation import Row, dim_keys
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.problems import Problem
 from restow.quantized import scales_of
 from restow.required import tied_pair

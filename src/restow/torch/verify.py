@@ -27,7 +27,7 @@ from restow.module import Module
 from restow.naming import Rename, check_rename, renamed
 from restow.notation import Row
 from restow.opening import family_of, open_checkpoint
-from restow.planning import Prepared, pair_others
+from restow.prepare import Prepared, pair_others
 from restow.problems import merged
 from restow.targets import Target, whole_target
 from restow.torch.alone import judge_alone
