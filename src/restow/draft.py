@@ -18,10 +18,10 @@ from restow.coding import Coding
 from restow.decoded import FLOATS, Coded, DecodedTensors
 from restow.entries import Entry
 from restow.errors import CoverageError, QuantizationError, ShapeMismatchError, show
-from restow.find import Module
 from restow.landing import Wish, chosen_experts, chosen_rows, held_side
 from restow.layout import shape_of
 from restow.lost import Lost
+from restow.module import Module
 from restow.moves import Move, Pattern, Side, freeze, moves
 from restow.notation import Dim, Factor, Row
 from restow.notes import Take, note_pairs
