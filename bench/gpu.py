@@ -61,6 +61,7 @@ def make(folder: Path, layers: int) -> int:
               "num_hidden_layers": layers, "tie_word_embeddings": True}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    os.sync()  # what is still being written to the disk takes its share of the memory's rate
     return total
 
 
@@ -148,6 +149,7 @@ def apart(
     """Milliseconds of each stage of a load."""
     import restow
     from restow.torch import device, packing, slotwork
+    from restow.torch.pump import pump
     from restow.torch.sources import Files
 
     def seconds(call: Callable[[], object]) -> float:
@@ -158,9 +160,9 @@ def apart(
 
         stages: Collection[str] = ()
 
-        def send(self, batch: Sequence[device.Sent]) -> None:
+        def send(self, tray: int, size: int, slot: int, at: int) -> None:
             if "send" in self.stages:
-                super().send(batch)
+                super().send(tray, size, slot, at)
 
         def move(self, slot: int, work: Callable[[], None]) -> None:
             super().move(slot, work if "launch" in self.stages else lambda: None)
@@ -168,7 +170,7 @@ def apart(
     plan = restow.plan(opened, state)
     rows = [("plan", seconds(lambda: restow.plan(opened, state)))]
     here = torch.device("cuda", torch.cuda.current_device())
-    lanes = {count: Part(here, count + device.SPARE, packing.SHARE) for count in counts}
+    lanes = {count: Part(here, count, packing.SHARE) for count in counts}
     there = lanes[counts[0]].there
     for name, worth in (("kernel", 0), ("torch", 1 << 60)):
         job = slotwork.prepared(plan, state, there, worth)
@@ -203,8 +205,7 @@ def apart(
             ):
                 for name in ("kernel", "torch") if "launch" in words else ("kernel",):
                     lane.stages, fill = words.split(), read if "read" in words else nothing
-                    with lane:
-                        took = seconds(lambda: device.pump(jobs[name], lane, fill, threads))  # noqa: B023 - called here
+                    took = seconds(lambda: pump(jobs[name], lane, fill, threads))  # noqa: B023 - called here
                     rows.append(
                         (f"pump: {words}{f', {name}' if 'launch' in words else ''}, {threads} threads", took)
                     )

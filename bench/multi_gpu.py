@@ -369,6 +369,7 @@ def main(words: argparse.Namespace) -> int:
     source = folder / "source"
     source.mkdir(exist_ok=True)
     total = write(source, model, rank, world, device)
+    os.sync()  # what is still being written to the disk takes its share of the memory's rate
     wait(device)
     rows: list[Sequence[object]] = []
     bars: list[tuple[str, float, str, float]] = []

@@ -29,7 +29,8 @@ from pathlib import Path
 import restow
 from _common import Tensor, child, machine, sparse_checkpoint, status, table, verdicts
 from restow.landing import Wish
-from restow.planning import make_plan, plan_of, prepare
+from restow.planning import make_plan, plan_of
+from restow.prepare import prepare
 from restow.targets import Shard, Target
 from restow.wanted import default_targets
 

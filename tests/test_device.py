@@ -24,6 +24,7 @@ from restow.plans import Plan
 from restow.torch import device, slotwork
 from restow.torch.across import WORD, launches, matrix_of
 from restow.torch.packing import ALIGN, SHARE, Packed, Piece, packed
+from restow.torch.pump import pump
 from restow.torch.read import run_plan
 
 ROOM = 4096  # bytes of data that a slot of these tests takes
@@ -39,23 +40,20 @@ class Memory:
         room = slotwork.TABLE + ROOM
         self.there = [torch.full((room,), 0x7D, dtype=torch.uint8, device=where) for _ in range(slots)]
         self.moved, self.sent = [0] * slots, list[tuple[int, int, int]]()
+        self.owners: dict[int, int] = {}  # of each tray its thread
         self.finished = 0
 
-    def __enter__(self) -> Memory:
-        return self
+    def begin(self, tray: int) -> None:
+        self.owners[tray] = threading.get_ident()
 
-    def __exit__(self, *error: object) -> None:
-        pass
+    def left(self, tray: int) -> None:
+        assert self.owners[tray] == threading.get_ident()
 
-    def send(self, batch: Sequence[device.Sent]) -> None:
-        for tray, size, slot, at in batch:
-            assert at + size <= ROOM
-            self.there[slot][at : at + size].copy_(self.trays[tray][:size])
-            self.trays[tray].fill_(0x7E)
-            self.sent.append((slot, self.moved[slot], at))
-
-    def gone(self, batch: Sequence[device.Sent], wait: bool) -> bool:
-        return True
+    def send(self, tray: int, size: int, slot: int, at: int) -> None:
+        assert at + size <= ROOM and self.owners[tray] == threading.get_ident()
+        self.there[slot][at : at + size].copy_(self.trays[tray][:size])
+        self.trays[tray].fill_(0x7E)
+        self.sent.append((slot, self.moved[slot], at))
 
     def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
         room = self.there[slot][-slotwork.TABLE :].view(torch.int64)
@@ -216,7 +214,7 @@ def test_a_share_goes_only_into_a_slot_that_was_moved(tmp_path: Path) -> None:
             others.set()
         return sum(length for _, _, length, _ in pieces)
 
-    read, written = device.pump(job, lane, fill, threads=4)
+    read, written = pump(job, lane, fill, threads=4)
     assert read == plan.bytes and sum(written.values()) * 2 == plan.written
     assert sorted(lane.sent) == sorted((one.slot % 2, one.slot // 2, one.at) for one in shares)
     assert shares[0].slot == 0 and lane.sent.index((0, 0, shares[0].at)) > 0
@@ -250,7 +248,7 @@ def test_the_first_error_is_raised_and_all_threads_end(threads: int, tmp_path: P
         return sum(length for _, _, length, _ in pieces)
 
     with pytest.raises(OSError, match="the disk is gone"):
-        device.pump(job, lane, fill, threads)
+        pump(job, lane, fill, threads)
     assert threading.active_count() == before and lane.finished == 1
 
 
@@ -260,7 +258,7 @@ def test_an_error_while_sending_ends_the_readers_too(tmp_path: Path) -> None:
     tensors = blank(plan, torch.bfloat16)
 
     class Broken(Memory):
-        def send(self, batch: Sequence[device.Sent]) -> None:
+        def send(self, tray: int, size: int, slot: int, at: int) -> None:
             raise RuntimeError("no device")
 
     before = threading.active_count()
@@ -303,7 +301,7 @@ def test_a_plan_with_a_copy_left_out_is_found(tmp_path: Path) -> None:
     tensors = blank(plan, torch.bfloat16)
     lane = Memory(torch.device("cpu"))
     job = slotwork.prepared(less, tensors, lane.there, share=TRAY)
-    _, written = device.pump(job, lane, lambda pieces, slot: 0, 1)
+    _, written = pump(job, lane, lambda pieces, slot: 0, 1)
     assert sum(written.values()) * 2 < plan.written
 
 
@@ -337,6 +335,7 @@ from moe import Model, differing, painted
 from restow.torch import device, slotwork
 from restow.torch.across import usable
 from restow.torch.on_device import moved_on_device
+from restow.torch.pump import pump
 import restow.torch.execute
 executes = sys.modules['restow.torch.execute']
 from restow.torch.read import run_plan
@@ -354,7 +353,7 @@ for number, src in enumerate(("split", "fused", "grouped")):
             job = slotwork.prepared(plan, found, lane.there, 0, TRAY)
             with device.ExitStack() as stack:
                 fill = device.filling(device.Files(stack, source.path, {{}}))
-                read, written = device.pump(job, lane, fill, 2)
+                read, written = pump(job, lane, fill, 2)
             run_plan(plan, wanted, root=source.path)
             assert differing(found, wanted) == [], (src, dst, shard)
             assert read == plan.bytes and sum(written.values()) * 2 == plan.written

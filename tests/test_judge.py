@@ -23,7 +23,8 @@ from restow.judge import judge
 from restow.known import FAMILIES
 from restow.landing import Wish
 from restow.opening import open_checkpoint
-from restow.planning import make_plan, raise_fatal
+from restow.planning import make_plan
+from restow.prepare import raise_fatal
 from restow.problems import Problem
 from restow.wanted import default_targets
 

@@ -99,7 +99,7 @@ def test_tiles(
 ) -> None:
     """A leaf has a digest only if its bytes came from the first to the last."""
     from restow.landing import Wish, layout_of
-    from restow.planning import prepare
+    from restow.prepare import prepare
     from restow.wanted import default_targets
 
     opened = restow.open(SMALL.written(tmp_path / "a", "split"))

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 import restow
 from moe import Tensors, differing
+from restow.checkpoint import survey
+from restow.entries import Entry
 
 E, D, WIDTHS = 12, 10, (7, 5)
 AT = "model.layers.{}.mlp.experts"
@@ -92,6 +94,51 @@ def test_widths_follow_from_the_shapes_where_no_config_tells(folder: Path, tenso
     assert f"bank2.down_projs [{E}, {WIDTHS[1] + 1}, {D}], expected [{E}, {WIDTHS[1]}, {D}]" in str(
         caught.value
     )
+
+
+STACKED = """
+    in      a.up_down        e (p f) d
+    out     a.down           e d f
+    wide    b.up_down        e (p f) d
+    narrow  b.down           e d f
+"""
+TURNED = """
+    in      {e}.{p:gate|up}   f d
+    out     {e}.down          d f
+    wide    w{e}.{p:gate|up}  f d
+    narrow  w{e}.down         d f
+"""
+OWN = "f@wide = widths.1\nf@narrow = widths.1\n"
+
+
+def banks_of(widths: tuple[int, int]) -> Tensors:
+    shapes = {"a.up_down": (3, 14, 4), "a.down": (3, 4, 7),
+              "b.up_down": (3, 2 * widths[0], 4), "b.down": (3, 4, widths[1])}  # fmt: skip
+    return {f"x.experts.{name}": torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_a_layouts_own_lines_say_which_roles_have_widths_of_their_own() -> None:
+    state = banks_of((5, 5))
+    out = restow.relayout(state, src=restow.Layout.parse(STACKED + OWN), dst=restow.Layout.parse(TURNED))
+    assert torch.equal(out["x.experts.w2.up"], state["x.experts.b.up_down"][2, 5:])
+    assert torch.equal(out["x.experts.w2.down"], state["x.experts.b.down"][2])
+
+
+@pytest.mark.parametrize(
+    ("lines", "widths", "expected"),
+    [
+        ("", (5, 5), "b.up_down [3, 10, 4], expected [3, 14, 4]"),
+        (OWN, (5, 6), "b.down [3, 4, 6], expected [3, 4, 5]"),
+        (OWN.replace("f@narrow = widths.1", "f@narrow = widths.0"), (5, 6), ""),
+    ],
+    ids=["no role has one", "one for both", "one each"],
+)
+def test_widths_are_one_where_their_lines_say_the_same(
+    lines: str, widths: tuple[int, int], expected: str
+) -> None:
+    layout = restow.Layout.parse(STACKED + lines)
+    found = survey({n: Entry("F32", tuple(t.shape), ()) for n, t in banks_of(widths).items()}, layout=layout)
+    assert (expected in str(found.problems[0].error)) if expected else found.problems == ()
 
 
 def test_digests_of_leaves_are_alike_in_both_layouts(folder: Path, tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ if _TYPE_CHECKING:
     from restow.torch.convert_report import ConvertReport as ConvertReport
     from restow.torch.disk_order import empty_like_disk as empty_like_disk
     from restow.torch.fingerprint import fingerprint as fingerprint
-    from restow.torch.load import LoadReport as LoadReport
     from restow.torch.load import load as load
     from restow.torch.load import plan as plan
+    from restow.torch.load_report import LoadReport as LoadReport
     from restow.torch.relayout import relayout as relayout
     from restow.torch.save import SaveReport as SaveReport
     from restow.torch.save import save as save
@@ -40,7 +40,7 @@ _PLACES = {
     "ConvertReport": ("restow.torch.convert_report", "ConvertReport"),
     "Family": ("restow.family", "Family"),
     "Layout": ("restow.layout", "Layout"),
-    "LoadReport": ("restow.torch.load", "LoadReport"),
+    "LoadReport": ("restow.torch.load_report", "LoadReport"),
     "Plan": ("restow.plans", "Plan"),
     "SaveReport": ("restow.torch.save", "SaveReport"),
     "Shard": ("restow.targets", "Shard"),

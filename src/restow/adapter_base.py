@@ -17,9 +17,9 @@ from restow.checkpoint import Checkpoint
 from restow.configfile import read_config
 from restow.errors import AdapterError, UnsupportedFamilyError, show
 from restow.family import Family
-from restow.find import Module
 from restow.known import FAMILIES
 from restow.layout import shape_of
+from restow.module import Module
 from restow.opening import family_of, open_checkpoint
 from restow.problems import merged
 

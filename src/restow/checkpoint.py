@@ -16,9 +16,10 @@ from restow.codec import SUFFIX, Announced, with_scales
 from restow.entries import Entry
 from restow.errors import show
 from restow.family import Family
-from restow.find import Module, candidates_of, find_modules
+from restow.find import candidates_of, find_modules
 from restow.layout import Layout
 from restow.match import Matcher
+from restow.module import Module
 from restow.naming import fits
 from restow.notation import Part, Row
 from restow.problems import Problem
@@ -121,6 +122,7 @@ def survey(
         _Shapes(tensors),
         with_scales(candidates, codec),
         sizes,
+        family=family,
         claimed=lambda name: (
             layout is not None
             or routers.row(name) is not None

@@ -1,7 +1,8 @@
 """The command line, `restow` and `python -m restow`: options in, one `Answer` out. Each verb is a few lines.
 
-Options are judged here and nothing else is: a verb calls the library and renders what it gave. Exit codes are
-those of `terminal`. Imports stand inside the verbs, so that `inspect` needs neither torch nor numpy.
+Options (those that verbs share are in `options`) are judged here and nothing else is: a verb calls the library and
+renders what it gave. Exit codes are those of `terminal`. Imports stand inside the verbs, so that `inspect` needs
+neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -10,15 +11,30 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from restow.errors import UsageError
+from restow.options import (
+    DebugOption,
+    FacesOption,
+    FamilyOption,
+    JsonOption,
+    LayoutOption,
+    OrderOption,
+    OuterOption,
+    PathArgument,
+    ReplaceOption,
+    SourceArgument,
+    StrictOption,
+    TargetArgument,
+    ThreadsOption,
+    dtype_option,
+    experts_option,
+    layout_option,
+)
 from restow.terminal import Answer, Signalled, code_of, run, signals
-
-if TYPE_CHECKING:
-    from restow.layout import Layout
 
 app = typer.Typer(
     add_completion=False,
@@ -27,32 +43,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Re-stow the weights of Mixture-of-Experts models between checkpoint layouts and memory layouts.",
 )
-
-PathArgument = Annotated[
-    str, typer.Argument(metavar="PATH", help="A checkpoint's folder, or one safetensors file.")
-]
-SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder or file.")]
-TargetArgument = Annotated[str, typer.Argument(metavar="DST", help="A folder that does not exist yet.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, max=256, help="Reading threads.")]
-ReplaceOption = Annotated[bool, typer.Option("--replace", help="Replace what restow wrote there before.")]
-FacesOption = Annotated[
-    Literal["input", "output"] | None, typer.Option(help="Which side lora_A of fused tensors faces.")
-]
-OuterOption = Annotated[
-    Literal["out", "in"], typer.Option(help="The projection that was registered last: out is down.")
-]
-OrderOption = Annotated[
-    bool | None, typer.Option("--expert-major/--rank-major", help="How lora_B was folded.")
-]
-LayoutOption = Annotated[
-    str | None, typer.Option(metavar="NAME|@FILE", help="A layout's name, or a file with its rows.")
-]
-FamilyOption = Annotated[
-    str | None, typer.Option(metavar="MODEL_TYPE", help="The family, where config.json does not say it.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
-StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse what would only be a warning.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 
 
 def verb(function: Callable[..., Answer]) -> Callable[..., None]:
@@ -101,7 +91,7 @@ def plan(
     from restow.explain_plan import rank_plans
     from restow.landing import layout_of
     from restow.opening import open_checkpoint
-    from restow.planning import refuse
+    from restow.prepare import refuse
     from restow.ranks import free_layouts, node_figures
 
     opened = open_checkpoint(path, family=family)
@@ -148,7 +138,7 @@ def convert(
     from restow.encodings import encoding_of
     from restow.landing import layout_of
     from restow.opening import open_checkpoint
-    from restow.planning import refuse
+    from restow.prepare import refuse
 
     opened = open_checkpoint(source, layout=layout_option(layout), family=family)
     wanted = layout_option(to)
@@ -187,7 +177,7 @@ def verify(
     from restow.answers import verified
     from restow.judge import undecodable
     from restow.opening import open_checkpoint
-    from restow.planning import refuse
+    from restow.prepare import refuse
     from restow.problems import merged
 
     sides = [open_checkpoint(p, layout=layout_option(layout), family=family) for p in (a, b) if p is not None]
@@ -272,7 +262,7 @@ def merge(
     """Write a base plus an adapter's deltas, in the base's own layout, files and precision."""
     from restow.answers import adapted
     from restow.opening import open_checkpoint
-    from restow.planning import refuse
+    from restow.prepare import refuse
 
     opened = open_checkpoint(base, family=family)
     refuse(opened, strict)  # before torch is imported
@@ -331,47 +321,6 @@ def demo(
     from restow.torch.demo import demonstrate
 
     return demonstrate(keep)
-
-
-def layout_option(text: str | None) -> str | Layout | None:
-    """A layout's name as it is; `@file` as the layout that the file holds."""
-    if text is None or not text.startswith("@"):
-        return text
-    from restow.layout import Layout
-
-    try:
-        return Layout.parse(Path(text[1:]).read_text(encoding="ascii"))
-    except (OSError, ValueError) as error:
-        what = error.strerror if isinstance(error, OSError) else "text that is not ASCII"
-        raise UsageError("a file with a layout's rows after '@'", f"{what}", path=text[1:]) from error
-
-
-def experts_option(file: Path | None) -> list[int] | dict[str, list[int]] | None:
-    """Expert numbers from a JSON file: a list for all experts modules, or an object of lists by module path."""
-    if file is None:
-        return None
-    import json
-
-    try:
-        numbers = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError("a JSON file with expert numbers", str(error), path=file) from error
-    lists = list(numbers.values()) if isinstance(numbers, dict) else [numbers]
-    if not all(isinstance(one, list) and all(type(n) is int for n in one) for one in lists):
-        raise UsageError("a list of expert numbers, or lists by module path", "something else", path=file)
-    return numbers  # type: ignore[no-any-return]
-
-
-def dtype_option(name: str | None) -> Any:
-    """A torch dtype by its short name."""
-    if name is None:
-        return None
-    words = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-    if name not in words:
-        raise UsageError(f"a dtype, one of {', '.join(words)}", f"'{name}'")
-    import torch
-
-    return getattr(torch, words[name])
 
 
 @app.callback(invoke_without_command=True)

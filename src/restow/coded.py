@@ -33,8 +33,8 @@ from restow.coding import Grid, Term
 from restow.entries import DTYPE_BITS, Entry
 from restow.errors import QuantizationError, show
 from restow.files import open_source
-from restow.find import Module
 from restow.layout import Layout, axis_size, shape_of
+from restow.module import Module
 from restow.notation import Dim, Factor, Row, dim_keys
 
 NOTE_LIMIT = 4096  # bytes of the JSON beside a weight of bitsandbytes

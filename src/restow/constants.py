@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from restow.codecs import Codec
 from restow.elements import ELEMENTS
-from restow.find import Module
 from restow.layout import axis_size
+from restow.module import Module
 from restow.notation import Row
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -14,8 +14,8 @@ from restow.checkpoint import Checkpoint
 from restow.codecs import CODES, COMPANIONS, WEIGHTS, coded_layouts, spelled, suits, weight_of
 from restow.coded import Coded, CodedWeights, DecodedTensors, logical_row
 from restow.errors import UsageError, show
-from restow.find import Module
 from restow.layout import Layout
+from restow.module import Module
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 

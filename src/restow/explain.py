@@ -12,8 +12,8 @@ from typing import Any
 
 from restow.checkpoint import Checkpoint
 from restow.errors import ConfigError, show
-from restow.find import Module
 from restow.layout import rows_text
+from restow.module import Module
 from restow.problems import Problem
 from restow.terminal import BAD_INPUT, DONE, Answer, Line, failure, failure_text
 from restow.wording import MARGIN, amount, field, kinds, many, runs_of, table

@@ -13,7 +13,7 @@ from math import prod
 
 from restow.layout import axis_size
 from restow.notation import Dim, Factor, Labels, Row
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.targets import Target
 
 

@@ -16,8 +16,9 @@ from restow.codec import Announced, with_scales
 from restow.decoded import decoded
 from restow.errors import AmbiguousTensorError, ShapeMismatchError, UsageError, show
 from restow.family import Family, Spelling
-from restow.find import Findings, Module, candidates_of, find_modules
+from restow.find import Findings, candidates_of, find_modules
 from restow.layout import Layout, axis_size, shape_of
+from restow.module import Module
 from restow.moves import Side, freeze
 from restow.named import GENERAL
 from restow.naming import Rename, renamed
@@ -123,6 +124,7 @@ def find_landing(
         shapes,
         candidates,
         sizes,
+        family=family,
         claimed=lambda name: True,  # whatever else lies there is filled by its name, or missing
         beside=lambda name: _beside(name, family, wish.places),
         local=local,

@@ -15,8 +15,8 @@ from restow.checkpoint import Checkpoint
 from restow.codec import SUFFIX
 from restow.errors import MissingTensorError, RestowError, SizeError, UnexpectedTensorError, show
 from restow.family import Family
-from restow.find import Module
 from restow.layout import shape_of
+from restow.module import Module
 from restow.naming import fits
 from restow.notation import Row
 from restow.problems import Problem

@@ -7,8 +7,8 @@ from itertools import product
 
 from restow.checkpoint import Checkpoint
 from restow.errors import MissingTensorError, show
-from restow.find import Module
 from restow.layout import axis_size, name_of
+from restow.module import Module
 
 Lost = tuple[
     Module, str, Sequence[int]

@@ -221,10 +221,12 @@ def _cut(
 def _prove(target: Side, position: int, runs: Runs, made: Sequence[Move]) -> None:
     """Exactly once: every move decoded from its final integers into a box of axes; volumes, bounds, no overlap."""
     local = held(runs)
-    volume = sum(prod(move.pattern.sizes) for move in made)
-    seen: Seen = {}
+    alike: dict[int, list[Move]] = {}  # moves share few patterns
+    for move in made:
+        alike.setdefault(id(move.pattern), []).append(move)
+    volume = sum(len(these) * prod(these[0].pattern.sizes) for these in alike.values())
     digits = _digits(target.row, target.sizes)
-    boxes = [box for move in made if (box := decode(digits, runs, move, seen)) is not None]
+    boxes = [box for these in alike.values() for box in decode(digits, runs, these)]
     outside = len(made) - len(boxes)
     clash = overlap(boxes)
     if volume == prod(local) and clash is None and not outside:
@@ -239,27 +241,26 @@ def _prove(target: Side, position: int, runs: Runs, made: Sequence[Move]) -> Non
 
 
 Digits = tuple[tuple[tuple[int, int], ...], ...]  # per dim, the length and the stride of each axis inside it
-Seen = dict[tuple[int, int, int], tuple[Run, ...] | None]  # by dim, place in it, and pattern's identity
 
 
-def decode(digits: Digits, runs: Sequence[Sequence[Run]], move: Move, seen: Seen) -> tuple[Run, ...] | None:
-    """The axes' runs that a move fills, read back from its start and steps alone; None where it leaves what is held.
+def decode(digits: Digits, runs: Sequence[Sequence[Run]], made: Sequence[Move]) -> list[tuple[Run, ...]]:
+    """The axes' runs that each of these moves along one pattern fills, read back from its start and steps alone; none
+    for a move that leaves what is held.
 
-    Where an axis lies inside a dim follows from the row and the sizes once more, not from how the move was made. `seen`
-    keeps what was read back of moves that share their pattern: they mostly differ in one dim.
+    Where an axis lies inside a dim follows from the row and the sizes once more, not from how the move was made. Moves of
+    a pattern mostly differ in one dim, so each place in a dim is read back once.
     """
-    found: list[Run] = []
-    pattern = move.pattern
-    same = id(pattern)
-    for dim, (at, inside, dim_runs) in enumerate(zip(move.start, digits, runs, strict=True)):
-        key = (dim, at, same)
-        if key not in seen:
-            seen[key] = _read_back(inside, dim_runs, dim, at, pattern)
-        here = seen[key]
-        if here is None:
-            return None
-        found += here
-    return tuple(found)
+    pattern = made[0].pattern
+    boxes: list[tuple[Run, ...] | None] = [()] * len(made)
+    columns = zip(*(move.start for move in made), strict=True)
+    for dim, (column, inside, dim_runs) in enumerate(zip(columns, digits, runs, strict=True)):
+        back = {at: _read_back(inside, dim_runs, dim, at, pattern) for at in set(column)}
+        boxes = list(map(_joined, boxes, map(back.__getitem__, column)))
+    return [box for box in boxes if box is not None]
+
+
+def _joined(box: tuple[Run, ...] | None, more: tuple[Run, ...] | None) -> tuple[Run, ...] | None:
+    return box + more if box is not None and more is not None else None
 
 
 def _read_back(

@@ -12,8 +12,8 @@ from dataclasses import replace
 from restow.boxes import whole
 from restow.codecs import Codec
 from restow.errors import QuantizationError, show
-from restow.find import Module
 from restow.layout import axis_size
+from restow.module import Module
 from restow.moves import Side, freeze, moves
 from restow.notation import Dim, Factor, Row
 

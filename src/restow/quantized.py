@@ -13,7 +13,7 @@ from restow.checkpoint import Checkpoint
 from restow.codec import SCALE, SUFFIX, Announced, lost_scales, odd_grids
 from restow.codecs import CODECS, WEIGHTS, Codec, spelled
 from restow.errors import MissingTensorError, QuantizationError, RestowError, show
-from restow.find import Module
+from restow.module import Module
 from restow.problems import Problem
 
 CODED = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "I8", "U8"})

@@ -18,9 +18,9 @@ from restow.boxes import Run, strides_of
 from restow.checkpoint import Checkpoint
 from restow.entries import DTYPE_BITS
 from restow.errors import RestowError
-from restow.find import Module
 from restow.landing import Wish, layout_of
 from restow.layout import Layout, axis_size, name_of
+from restow.module import Module
 from restow.moves import freeze
 from restow.named import FORMS
 from restow.notation import Row

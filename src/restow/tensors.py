@@ -7,7 +7,7 @@ rejects nothing: names, places and cover were checked by those who built it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -75,9 +75,31 @@ class Tensors(Mapping[str, Entry]):
             pieces.append(Piece(box, header.file, header.begins[row], header.ends[row]))
         return Entry(dtype, tensor.shape, tuple(sorted(pieces)))
 
+    def places(self, names: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
+        """(dtype, file, first byte, end) of tensors that are one piece."""
+        i, first, last = -1, 0, 0
+        header = None
+        for at in map(self._rows.__getitem__, names):
+            if header is None or not first <= at < last:  # neighbours mostly share a file
+                i = bisect_right(self._starts, at) - 1
+                header, first, last = self._headers[i], self._starts[i], self._starts[i + 1]
+            row = at - first
+            yield header.dtypes[row], header.file, header.begins[row], header.ends[row]
+
     def columns(self) -> tuple[Mapping[str, int], Mapping[str, Sharded]]:
         """What was given beside the headers."""
         return self._rows, self._sharded
 
     def __repr__(self) -> str:
         return f"<{len(self)} tensors in {len(self._headers)} files>"
+
+
+def places_of(tensors: Mapping[str, Entry], names: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
+    """(dtype, file, first byte, end) of tensors that are one piece, in any mapping of entries."""
+    if isinstance(tensors, Tensors):
+        yield from tensors.places(names)
+        return
+    for name in names:
+        entry = tensors[name]
+        (piece,) = entry.pieces
+        yield entry.dtype, piece.file, piece.begin, piece.end

@@ -14,10 +14,10 @@ from restow.checkpoint import Checkpoint
 from restow.codecs import ragged
 from restow.decoded import coded_as, decoded
 from restow.family import Family
-from restow.find import Module
 from restow.landing import Wish, chosen_experts, layout_of
 from restow.layout import Layout, axis_size, name_of, shape_of
 from restow.lost import lost_error
+from restow.module import Module
 from restow.notation import Row
 from restow.notes import note_pairs
 from restow.targets import Target, whole_target

@@ -28,7 +28,7 @@ from restow.files import SourceFile, names, open_source, read_all
 from restow.header import read_header
 from restow.opening import open_checkpoint
 from restow.outfiles import OutFile, Placed, placed
-from restow.planning import refuse
+from restow.prepare import refuse
 from restow.publish import Staging
 from restow.sidefiles import side_files
 from restow.torch.adapter_delta import Book, Deltas, Experts, Goal, Kept, expected, goals, roles_text

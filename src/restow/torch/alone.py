@@ -20,11 +20,12 @@ from restow.checkpoint import Checkpoint
 from restow.landing import Wish
 from restow.located import located
 from restow.outfiles import nbytes
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.problems import merged
 from restow.targets import whole_target
-from restow.torch.chunks import Filled, raw, stream
+from restow.torch.chunks import Filled, stream
 from restow.torch.digests import leaf_differences
+from restow.torch.raw import raw
 from restow.torch.read import Progress
 from restow.torch.values import Tie, values_of
 from restow.torch.verify_report import Difference, VerifyReport, chosen, sampled

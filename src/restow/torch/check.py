@@ -17,7 +17,7 @@ from restow.boxes import Run
 from restow.checkpoint import Checkpoint
 from restow.errors import IntegrityError, show
 from restow.landing import Wish, chosen_experts, chosen_rows
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.problems import Problem
 from restow.targets import Runs, Target, whole_target
 from restow.torch.chunks import CHUNK, Filled, Slice, fill, grouped, room, slices

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from restow.boxes import Run, held
 from restow.joining import Joined, joined
 from restow.layout import axis_size
-from restow.planning import Prepared, plan_of
+from restow.planning import plan_of
+from restow.prepare import Prepared
 from restow.targets import Runs, Target
 from restow.torch.dtypes import torch_dtype
 from restow.torch.read import Watch, run_plan
@@ -171,12 +172,6 @@ def _place(buffer: torch.Tensor, at: int, target: Target) -> torch.Tensor:
     """A target's held part in the buffer, from byte `at`."""
     dtype, shape = torch_dtype(target.dtype), held(target.runs)
     return buffer[at : at + prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in memory, no copy."""
-    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
 
 
 def stream(

@@ -151,7 +151,7 @@ def coded_slots(
     counts = np.bincount([one.slot for one in shares], minlength=int(slot[-1]) + 1)
     ends = np.zeros(len(counts), np.int64)
     np.maximum.at(ends, slot[held][order], lies + need[order])
-    base = _places(plan, tensors, targets, starts)
+    base = _places(plan, tensors, _array(targets), starts)
     return _tiles(plan, tensors, rows, job, reader, slot, at, base, shares, (ends, counts))
 
 

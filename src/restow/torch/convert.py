@@ -36,7 +36,7 @@ from restow.mending import FLOATS as CASTS
 from restow.mending import with_dtype, with_experts
 from restow.opening import open_checkpoint
 from restow.outfiles import INDEX, OutFile, index_text, nbytes, new_files, recorded_files
-from restow.planning import Prepared, prepare, refuse
+from restow.prepare import Prepared, prepare, refuse
 from restow.problems import Problem, merged
 from restow.publish import Staging
 from restow.quantized import refuse_cast
@@ -44,7 +44,7 @@ from restow.record import SECTION, make_record, read_record
 from restow.sidefiles import side_files
 from restow.stated import statement
 from restow.targets import Target, whole_target
-from restow.torch.chunks import CHUNK, Filled, Slice, raw, side_by_side, slices, stream
+from restow.torch.chunks import CHUNK, Filled, Slice, side_by_side, slices, stream
 from restow.torch.convert_report import ConvertReport
 from restow.torch.digesting import Digests
 from restow.torch.dtypes import dtype_name, narrows, wider
@@ -58,6 +58,7 @@ from restow.torch.encoded import (
     packing_of,
 )
 from restow.torch.passing import Passing
+from restow.torch.raw import raw
 from restow.torch.read import Progress
 from restow.torch.resume import note_of, recognised, work_of
 from restow.torch.values import judge_scales

@@ -32,7 +32,8 @@ from restow.landing import Wish
 from restow.layout import Layout
 from restow.naming import Rename, renamed
 from restow.opening import family_of, open_checkpoint
-from restow.planning import Prepared, plan_of, prepare
+from restow.planning import plan_of
+from restow.prepare import Prepared, prepare
 from restow.targets import Target
 from restow.torch.dtypes import dtype_name, torch_dtype
 from restow.torch.execute import execute

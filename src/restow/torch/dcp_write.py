@@ -33,7 +33,8 @@ from restow.layout import Layout
 from restow.naming import Rename, check_rename
 from restow.opening import family_of, open_checkpoint
 from restow.placing import sweep
-from restow.planning import Prepared, plan_of, prepare
+from restow.planning import plan_of
+from restow.prepare import Prepared, prepare
 from restow.publish import Staging
 from restow.sharing import Share, leave_witness, remove_witness
 from restow.targets import Target, whole_target

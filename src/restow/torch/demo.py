@@ -34,7 +34,8 @@ from restow.named import GENERAL
 from restow.opening import open_checkpoint
 from restow.terminal import Answer, Line, failure, failure_text
 from restow.torch import demo_model as m
-from restow.torch.load import LoadReport, load, plan
+from restow.torch.load import load, plan
+from restow.torch.load_report import LoadReport
 from restow.torch.threads import default_threads
 from restow.wording import MARGIN, amount, field
 

@@ -1,79 +1,32 @@
-"""Running a plan into the memory of a CUDA device: small pinned trays filled by reader threads, slots moved on one by one.
+"""Running a plan into the memory of a CUDA device: the pump, with pinned trays, streams, and slots on the device.
 
-Threads read shares, from a list that was made before, each into a pinned tray. The trays are few and small, so that the
-caches of the processor hold them all: what is read goes to the device before memory sees it. The calling thread alone
-talks to the device: it sends a full tray to its place in a slot there, gives the tray back once it has left, and moves a
-full slot into the parameters' own storage on a second stream: transposes by one kernel driven by a table, the rest by
-torch's own copies, one for a run of experts. Trays and slots are allocated once a call, and nothing else is there; where
-codes are decoded, one of the slots is their scratch. Sources in memory and host destinations are `read`'s, and rejected
-by `on_one_device`; codes that need more than `coded_tiles` says are `read`'s too, by `halves`.
+What is sent to a slot travels on a stream of that slot; a full one is moved into the parameters' own storage on one more
+stream: transposes by one kernel driven by a table, the rest by torch's own copies, one for a run of experts. Trays and
+slots are allocated once a call, and nothing else is there; where codes are decoded, one of the slots is their scratch.
+Sources in memory and host destinations are `read`'s, and rejected by `on_one_device`; codes that need more than
+`coded_tiles` says are `read`'s too, by `halves`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import count
-from queue import SimpleQueue
-from typing import NamedTuple, Protocol
 
 import torch
 
 from restow.plans import Plan
-from restow.torch.across import COLUMNS, Launch, launch
+from restow.torch.across import COLUMNS
 from restow.torch.coded_slots import decodable, is_coded
-from restow.torch.device_decode import decode_there
-from restow.torch.packing import LARGE, SHARE, Piece, Shape
-from restow.torch.raw import raw
+from restow.torch.packing import LARGE, SHARE, Piece
+from restow.torch.pump import Fill, Lane, pump
 from restow.torch.read import Booked, Progress, _compare, _Ledger
-from restow.torch.slotwork import TABLE, Job, Run, prepared, room_of
+from restow.torch.slotwork import TABLE, prepared, room_of
 from restow.torch.sources import Files
 from restow.torch.threads import local_ranks
 
 SLOTS = 4  # on the device
 SLOT = 64 << 20  # bytes of one
-SPARE = 2  # trays more than readers: on their way to the device
-BATCH = 4  # trays that are sent in one call, at most: more would come back all at once
 PINNED = 256 << 20  # bytes of all trays, at most
-
-Fill = Callable[[Sequence[Piece], memoryview], int]
-
-
-class Sent(NamedTuple):
-    """The first `size` bytes of a tray on their way to byte `at` of a device slot."""
-
-    tray: int
-    size: int
-    slot: int
-    at: int
-
-
-class Lane(Protocol):
-    """The way from trays on the host to slots on the device. Only the calling thread uses it, inside `with`."""
-
-    trays: list[torch.Tensor]
-    there: list[torch.Tensor]
-
-    def __enter__(self) -> Lane: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def send(self, batch: Sequence[Sent]) -> None:
-        """Bring parts of trays to device slots, after the work that read what lay there."""
-
-    def gone(self, batch: Sequence[Sent], wait: bool) -> bool:
-        """Whether a batch has left its trays; True after waiting for it."""
-
-    def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
-        """Bring a table to the end of a slot that has been sent to; the table there."""
-
-    def move(self, slot: int, work: Callable[[], None]) -> None:
-        """Do work that reads the device slot, after what was sent last; what is sent to that slot later waits for it."""
-
-    def finish(self) -> None:
-        """Return when all is done."""
 
 
 def on_one_device(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -101,18 +54,16 @@ def run_on_device(
 ) -> Booked:
     """Run a plan whose targets all lie on one device; like `read.run_plan` in all else."""
     device = tensors[plan.targets[plan.copies[0].target].name].device
+    size = LARGE if large else SHARE // 2 if local_ranks() > 1 else SHARE  # ranks of a host share its caches
+    readers = min(threads, PINNED // size)
     with ExitStack() as stack:
         files = Files(stack, root, stamps)
-        size = (
-            LARGE if large else SHARE // 2 if local_ranks() > 1 else SHARE
-        )  # ranks of a host share its caches
-        made = (lane or Streams)(device, max(2, min(threads + SPARE, PINNED // size)), size)
-        way = stack.enter_context(made)
+        way = (lane or Streams)(device, readers, size)
         coded = any(is_coded(plan, copy) for copy in plan.copies)
         scratch = way.there.pop() if coded else None  # one slot less
         job = prepared(plan, tensors, way.there, share=way.trays[0].numel(), scratch=scratch)
         ledger = _Ledger()
-        ledger.book(*pump(job, way, filling(files), threads, progress))
+        ledger.book(*pump(job, way, filling(files), readers, progress))
         files.check()
     return Booked(ledger.read, _compare(plan, ledger))
 
@@ -129,201 +80,58 @@ def filling(files: Files) -> Fill:
     return fill
 
 
-class _Desk:
-    """Between the readers and the caller: trays that may be filled, and shares that lie in a tray."""
-
-    def __init__(self, trays: int) -> None:
-        self.free: SimpleQueue[int] = SimpleQueue()  # numbers of trays; -1 when there is no more to do
-        self.full: SimpleQueue[tuple[int, int, int]] = SimpleQueue()  # (share, tray, bytes read)
-        self.errors: list[tuple[int, BaseException]] = []
-        for tray in range(trays):
-            self.free.put(tray)
-
-
-def pump(
-    job: Job, lane: Lane, fill: Fill, threads: int, progress: Progress | None = None
-) -> tuple[int, dict[int, int]]:
-    """Fill, send and move slot after slot; the bytes read, and the elements written by target."""
-    shares, desk, taken = job.packed.shares, _Desk(len(lane.trays)), count()
-    views = [raw(tray) for tray in lane.trays]
-    pool = [
-        threading.Thread(target=_reader, args=(job, fill, desk, taken, views), daemon=True)
-        for _ in range(min(threads, len(shares)))
-    ]
-    sending, read, left = _Sending(job, lane, max(0, len(views) - len(pool))), 0, len(shares)
-    try:
-        for thread in pool:
-            thread.start()
-        while left and not desk.errors:
-            sending.give_back(desk)
-            come = [desk.full.get()]
-            while len(come) < BATCH and not desk.full.empty():
-                come.append(desk.full.get())
-            read += sum(size for _, _, size in come)
-            left -= len(come)
-            sending.take([(share, tray) for share, tray, _ in come if share >= 0])
-            if progress is not None:
-                progress(read, job.size)
-    finally:
-        for _ in pool:
-            desk.free.put(-1)
-        for thread in pool:
-            if thread.ident is not None:
-                thread.join()
-        lane.finish()
-    if desk.errors:
-        raise min(desk.errors, key=lambda item: item[0])[1]
-    return read, sending.written
-
-
-def _reader(job: Job, fill: Fill, desk: _Desk, taken: Iterator[int], views: Sequence[memoryview]) -> None:
-    """One thread: share after share, in order, none of them another thread's. A tray comes first, so that the next
-    share in order always has one."""
-    shares = job.packed.shares
-    while (tray := desk.free.get()) >= 0:
-        share = next(taken)
-        if share >= len(shares):
-            return
-        try:
-            desk.full.put((share, tray, fill(shares[share].pieces, views[tray])))
-        except BaseException as error:
-            desk.errors.append((share, error))
-            desk.full.put((-1, tray, 0))
-            return
-
-
-class _Sending:
-    """The caller's side: what was sent from which tray, what still has to come to each slot."""
-
-    def __init__(self, job: Job, lane: Lane, spare: int) -> None:
-        self._job, self._lane, self._spare = job, lane, spare
-        self._due = [slot.shares for slot in job.packed.slots]
-        self._early: dict[int, list[tuple[int, int]]] = {}  # by slot number: what its place is not free for
-        self._under_way: deque[list[Sent]] = deque()
-        self.written = dict[int, int]()
-
-    def give_back(self, desk: _Desk) -> None:
-        """Trays that have left may be filled again; wait for those that a reader lacks, if there is nothing to send."""
-        while self._under_way:
-            wait = sum(map(len, self._under_way)) > self._spare and desk.full.empty()
-            if not self._lane.gone(self._under_way[0], wait):
-                return
-            for sent in self._under_way.popleft():
-                desk.free.put(sent.tray)
-
-    def take(self, come: Sequence[tuple[int, int]]) -> None:
-        """Send shares, all at once, since every call gives up the interpreter; keep those whose place is still in use."""
-        places = len(self._lane.there)
-        batch, numbers = list[Sent](), list[int]()
-        for share, tray in come:
-            number, at, size, _ = self._job.packed.shares[share]
-            if number >= places and self._due[number - places]:
-                self._early.setdefault(number, []).append((share, tray))
-            else:
-                batch.append(Sent(tray, size, number % places, at))
-                numbers.append(number)
-        if not batch:
-            return
-        self._lane.send(batch)
-        self._under_way.append(batch)
-        for number in numbers:
-            self._due[number] -= 1
-        whole = [number for number in sorted(set(numbers)) if not self._due[number]]
-        for number in whole:
-            self._move(number)
-        self.take([early for number in whole for early in self._early.pop(number + places, [])])
-
-    def _move(self, number: int) -> None:
-        """Move the tiles of a slot that is whole."""
-        job, lane = self._job, self._lane
-        work, slot = job.work[number], number % len(lane.there)
-        there, (base, end) = lane.there[slot], work.table
-        table = lane.table(job.rows[base:end], slot) if base < end else there
-
-        def moved(launches: Sequence[Launch], runs: Sequence[Run], memory: torch.Tensor) -> None:
-            for what in launches:
-                launch(table[what.first - base : what.last - base], what)
-            for run in runs:
-                shape = job.packed.shapes[run.shape]
-                _copy(run, shape, memory, job.targets[shape.target])
-
-        def move() -> None:
-            moved(work.launches, work.runs, there)
-            for batch in work.batches:
-                assert job.scratch is not None
-                for one in batch.decodings:
-                    decode_there(one, job.decodes[one.decode], there, job.scratch)
-                moved(batch.launches, batch.runs, job.scratch.room)
-
-        lane.move(slot, move)
-        for target, elements in work.written.items():
-            self.written[target] = self.written.get(target, 0) + elements
-
-
-def _copy(run: Run, shape: Shape, slot: torch.Tensor, into: torch.Tensor) -> None:
-    """Tiles of one shape from the slot into the destination, in one launch."""
-    width = shape.dtype.itemsize
-    span = 1 + sum((n - 1) * stride for n, stride in zip(shape.sizes, shape.source, strict=True))
-    box = slot[run.at : run.at + (run.times - 1) * run.step + span * width].view(shape.dtype)
-    if run.times == 1:
-        source = box.as_strided(shape.sizes, shape.source)
-        into.as_strided(shape.sizes, shape.strides, run.to).copy_(source)
-        return
-    sizes, steps = (run.times, *shape.sizes), (run.step // width, *shape.source)
-    into.as_strided(sizes, (run.far, *shape.strides), run.to).copy_(box.as_strided(sizes, steps))
-
-
 class Streams:
-    """A CUDA device: pinned trays, one stream for raw copies, which is the current one inside `with`, one for tiles."""
+    """A CUDA device: pinned trays, a stream of raw copies for each slot, and one for what moves slots on."""
 
     def __init__(self, device: torch.device, trays: int, size: int) -> None:
         pinned = torch.empty(trays * size, dtype=torch.uint8, pin_memory=True)
         self.trays = [pinned[i * size : (i + 1) * size] for i in range(trays)]
         self.there = [torch.empty(SLOT, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._device = device
-        self._sending, self._moving = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._moving = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._sending = [torch.cuda.Stream(device) for _ in range(SLOTS)]  # type: ignore[no-untyped-call]
         now = torch.cuda.current_stream(device)
-        self._sending.wait_stream(now)
-        self._moving.wait_stream(now)
+        for stream in (self._moving, *self._sending):
+            stream.wait_stream(now)
         self._gone = [torch.cuda.Event() for _ in range(trays)]  # type: ignore[no-untyped-call]
-        self._done = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]  # device slot free
-        self._current = torch.cuda.stream(self._sending)
-        self._used = [False] * SLOTS  # slots whose next sending has to wait for `_done`
+        self._parts: dict[tuple[int, int, int, int], torch.Tensor] = {}
+        self._now = [-1] * trays  # of a tray's reader the slot whose stream is its thread's
 
-    def __enter__(self) -> Streams:
-        self._current.__enter__()  # type: ignore[no-untyped-call]  # once, since entering costs as much as a small copy
-        return self
+    def begin(self, tray: int) -> None:
+        torch.cuda.set_device(self._device)
+        self._now[tray] = -1
 
-    def __exit__(self, *error: object) -> None:
-        self._current.__exit__(*error)
+    def left(self, tray: int) -> None:
+        gone = self._gone[tray]
+        if not gone.query():  # type: ignore[no-untyped-call]
+            gone.synchronize()
 
-    def send(self, batch: Sequence[Sent]) -> None:
-        for slot in {sent.slot for sent in batch if self._used[sent.slot]}:
-            self._sending.wait_event(self._done[slot])
-            self._used[slot] = False
-        torch._foreach_copy_(
-            [self.there[slot][at : at + size] for _, size, slot, at in batch],
-            [self.trays[tray][:size] for tray, size, _, _ in batch],
-            non_blocking=True,
-        )
-        self._gone[batch[0].tray].record(self._sending)
+    def send(self, tray: int, size: int, slot: int, at: int) -> None:
+        stream = self._sending[slot]
+        if self._now[tray] != slot:
+            torch.cuda.set_stream(stream)
+            self._now[tray] = slot
+        self._part(self.there, slot, at, size).copy_(self._part(self.trays, tray, 0, size), non_blocking=True)
+        self._gone[tray].record(stream)
 
-    def gone(self, batch: Sequence[Sent], wait: bool) -> bool:
-        last = self._gone[batch[0].tray]
-        if wait:
-            last.synchronize()
-        return wait or bool(last.query())  # type: ignore[no-untyped-call]
+    def _part(self, buffers: list[torch.Tensor], number: int, at: int, size: int) -> torch.Tensor:
+        """A part of a buffer. Shares lie alike in most slots, and making a view gives the interpreter away."""
+        key = id(buffers), number, at, size
+        part = self._parts.get(key)
+        if part is None:
+            part = self._parts[key] = buffers[number][at : at + size]
+        return part
 
     def table(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
         room = self.there[slot][-TABLE:].view(torch.int64)
-        return room[: rows.numel()].view(-1, COLUMNS).copy_(rows, non_blocking=True)
+        with torch.cuda.stream(self._sending[slot]):
+            return room[: rows.numel()].view(-1, COLUMNS).copy_(rows, non_blocking=True)
 
     def move(self, slot: int, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self._moving):
-            self._moving.wait_stream(self._sending)
+            self._moving.wait_stream(self._sending[slot])
             work()
-            self._done[slot].record(self._moving)
-        self._used[slot] = True
+        self._sending[slot].wait_stream(self._moving)
 
     def finish(self) -> None:
         torch.cuda.synchronize(self._device)

@@ -15,10 +15,11 @@ import torch
 import xxhash
 
 from restow.outfiles import OutFile, nbytes
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.problems import Problem
-from restow.torch.chunks import Filled, raw
+from restow.torch.chunks import Filled
 from restow.torch.digests import Known, Leaves
+from restow.torch.raw import raw
 from restow.torch.values import Tie, Values, no_values, source_names
 
 

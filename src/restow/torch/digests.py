@@ -17,14 +17,15 @@ import xxhash
 from restow.checkpoint import Checkpoint
 from restow.errors import IntegrityError, show
 from restow.family import Family
-from restow.find import Module
 from restow.landing import Wish
-from restow.planning import Prepared
+from restow.module import Module, Owner
+from restow.prepare import Prepared
 from restow.targets import Target, whole_target
-from restow.torch.chunks import Filled, raw, slices, stream
+from restow.torch.chunks import Filled, slices, stream
 from restow.torch.explain import text_order, why
-from restow.torch.leafviews import LeafView, Owner, leaf_views, whole_sizes
+from restow.torch.leafviews import LeafView, leaf_views, whole_sizes
 from restow.torch.leaves import Leaf
+from restow.torch.raw import raw
 from restow.torch.transpose import LINE, bits, turn
 from restow.torch.verify_report import Difference
 

@@ -21,7 +21,7 @@ from restow.landing import Experts, Wish
 from restow.layout import Layout, Sizes, axis_size
 from restow.notation import Row, dim_keys
 from restow.opening import family_of
-from restow.planning import prepare
+from restow.prepare import prepare
 from restow.problems import merged
 from restow.targets import Shard
 from restow.torch.dtypes import torch_dtype

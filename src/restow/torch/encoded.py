@@ -32,9 +32,10 @@ from restow.encodings import (
 from restow.entries import DTYPE_BITS
 from restow.landing import Wish, chosen_experts
 from restow.layout import Layout, shape_of
+from restow.module import owners_of
 from restow.outfiles import OutFile
 from restow.packing import Packed, first_element, packed_weights, pieces
-from restow.planning import Prepared, owners_of, prepare
+from restow.prepare import Prepared, prepare
 from restow.problems import merged
 from restow.targets import Target, whole_target
 from restow.torch.chunks import Filled, Slice, slices

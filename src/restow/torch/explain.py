@@ -16,10 +16,11 @@ import xxhash
 from restow.checkpoint import Checkpoint
 from restow.landing import Wish
 from restow.layout import Layout
-from restow.planning import Prepared, prepare
-from restow.torch.chunks import CHUNK, fill, grouped, raw, slices
+from restow.prepare import Prepared, prepare
+from restow.torch.chunks import CHUNK, fill, grouped, slices
 from restow.torch.dtypes import torch_dtype
 from restow.torch.leaves import Leaf, name_index
+from restow.torch.raw import raw
 from restow.wanted import default_targets
 
 if TYPE_CHECKING:

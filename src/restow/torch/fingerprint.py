@@ -19,15 +19,16 @@ import torch
 from restow.checkpoint import Checkpoint
 from restow.decoded import decoded
 from restow.family import Family
-from restow.find import Module, candidates_of, find_modules
+from restow.find import candidates_of, find_modules
 from restow.landing import Wish, layout_of
 from restow.layout import Layout
+from restow.module import Module, Owner, owners_of
 from restow.opening import by_config, family_of, open_checkpoint
-from restow.planning import Prepared, raise_fatal
+from restow.prepare import Prepared, raise_fatal
 from restow.problems import merged
 from restow.targets import Runs, whole_target
 from restow.torch.chunks import CHUNK, fill, grouped, room, slices
-from restow.torch.leafviews import Owner, leaf_views, owners_of
+from restow.torch.leafviews import leaf_views
 from restow.torch.storage import Into, slots_of
 from restow.torch.sums import MASK, bilinear, plain_sum
 
@@ -95,7 +96,9 @@ def _of_state(state: Into, family: Family | None, layout: str | Layout | None) -
     sizes = {} if family is None or config is None else dict(family.read_sizes(config))
     sizes.setdefault("p", len(family.labels) if family else 2)
     candidates = candidates_of(family, layout_of(layout, family))
-    found = find_modules(shapes, candidates, sizes, claimed=lambda name: True, what="the state")
+    found = find_modules(
+        shapes, candidates, sizes, family=family, claimed=lambda name: True, what="the state"
+    )
     if found.errors:
         raise merged(found.errors)
     owners = owners_of(found.modules)

@@ -24,7 +24,7 @@ from restow.errors import (
     show,
 )
 from restow.layout import axis_size, name_of
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.targets import Shard, Target, whole_target
 from restow.torch.dtypes import narrows
 from restow.torch.storage import Slot, memory_of

@@ -6,7 +6,7 @@ digests and fingerprints of them can be compared. It copies nothing and rejects 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ import torch
 
 from restow.boxes import Run, boxes_of
 from restow.family import Family
-from restow.find import Module
 from restow.layout import axis_size
+from restow.module import Module, Owner
 from restow.notation import Row
 from restow.targets import Runs
 from restow.torch.leaves import name_index
@@ -23,8 +23,6 @@ from restow.torch.leaves import name_index
 # The order in which a leaf's elements are counted: that of the split layout.
 ORDER = {"in": ("f", "d"), "out": ("d", "f"), "in2": ("f", "d"), "out2": ("d", "f")}
 ONE: Run = (0, 1)
-
-Owner = tuple[str, str, int]  # module path, role, place among the role's tensors
 
 
 class LeafView(NamedTuple):
@@ -35,17 +33,6 @@ class LeafView(NamedTuple):
     matrix: torch.Tensor
     rows: Run
     cols: Run
-
-
-def owners_of(modules: Mapping[str, Module]) -> dict[str, Owner]:
-    """Every expert tensor's module, role and place."""
-    return {
-        name: (path, role, place)
-        for path, module in modules.items()
-        for role, names in module.tensors.items()
-        for place, name in enumerate(names)
-        if name is not None
-    }
 
 
 def leaf_views(

@@ -10,7 +10,7 @@ from itertools import product
 
 from restow.layout import Sizes, axis_size
 from restow.notation import Row
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.targets import Target
 
 Leaf = tuple[str, int, int]  # role, expert, projection

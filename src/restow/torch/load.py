@@ -9,40 +9,32 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from restow.checkpoint import Checkpoint, survey
-from restow.codecs import CODECS, rounds
 from restow.entries import Entry, Piece
-from restow.errors import (
-    IntegrityError,
-    MissingTensorError,
-    PrecisionError,
-    RestowError,
-    UnexpectedTensorError,
-    UsageError,
-    show,
-)
+from restow.errors import IntegrityError, UsageError, show
 from restow.family import Family
 from restow.landing import Experts, Wish
 from restow.layout import Layout
 from restow.naming import Rename, check_rename, renamed
 from restow.opening import family_of, open_checkpoint
 from restow.pages import on_network
-from restow.planning import make_plan, plan_of, prepare, refuse
+from restow.planning import make_plan, plan_of
 from restow.plans import Plan
-from restow.problems import Problem, alike, merged
+from restow.prepare import prepare, refuse
+from restow.problems import Problem, merged
 from restow.targets import Shard
+from restow.torch.allowing import judge_missing, judge_narrowed, judge_unused
 from restow.torch.check import check_load
-from restow.torch.dtypes import narrows
 from restow.torch.execute import execute
+from restow.torch.load_report import LoadReport
 from restow.torch.packed import fill_packed, packed_side
 from restow.torch.read import Booked, Progress
 from restow.torch.storage import Into, Slots, named_as, slot_of, slots_of
@@ -51,48 +43,6 @@ from restow.torch.values import judge_scales
 from restow.wanted import default_targets
 
 Source = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What a load did. Sizes are in bytes; `seconds` is the whole call.
-
-    `in_place` names the tensors that were written in their own storage; `staged` maps a name to why it was not;
-    `narrowed` maps a name to the cast that lost precision; `unused` are source tensors without a place that were
-    allowed, `missing` destinations that were left as they were because that was allowed. `bytes_taken` came from other
-    ranks of the group that was given; they are among those written.
-    """
-
-    bytes_read: int
-    bytes_written: int
-    in_place: tuple[str, ...]
-    staged: Mapping[str, str]
-    narrowed: Mapping[str, str]
-    unused: tuple[str, ...]
-    missing: tuple[str, ...]
-    warnings: tuple[str, ...]
-    seconds: float
-    modules: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
-    bytes_taken: int = 0
-
-    def __str__(self) -> str:
-        rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
-        lines = [
-            f"{len(self.in_place):,} tensors filled in place: {self.bytes_read:,} bytes read, "
-            f"{self.bytes_written:,} written, {self.seconds:.2f} s ({rate:.1f} GB/s)"
-        ]
-        if self.bytes_taken:
-            lines.append(f"  {self.bytes_taken:,} of the bytes written were read by other ranks")
-        for label, names in (("staged", self.staged), ("narrowed", self.narrowed)):
-            lines += [f"  {label} {show(name)}: {why}" for name, why in list(names.items())[:3]]
-            if len(names) > 3:
-                lines.append(f"  ... {len(names) - 3} more {label}")
-        for label, listed in (("unused", self.unused), ("missing", self.missing)):
-            if listed:
-                more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-                lines.append(f"  {label}: {', '.join(map(show, listed[:3]))}{more}")
-        lines += [f"  warning: {text}" for text in self.warnings]
-        return "\n".join(lines)
 
 
 def as_checkpoint(source: Source, family: Family | None, layout: Layout | None = None) -> Checkpoint:
@@ -246,9 +196,9 @@ def _load(source: Source, into: Into, words: _Words, team: Team | None) -> LoadR
         made = plan_of(packed.prepared, packed.prepared.targets)
     else:
         made = make_plan(opened, [slot.target for slot in slots.slots.values()], wish)
-    missing = _allowed(made.missing, words.allow_missing, "allow_missing", _missing_error(opened))
-    unused = _judge_unused(made, slots, opened, wish, words.allow_unused)
-    narrowed = _narrowed(made, opened, words.allow_narrowed)
+    missing = judge_missing(made, opened, words.allow_missing)
+    unused = judge_unused(made, slots, opened, wish, words.allow_unused)
+    narrowed = judge_narrowed(made, opened, words.allow_narrowed)
     if words.strict:
         refuse(opened, True)
     warnings = [
@@ -379,90 +329,3 @@ def _bar() -> Progress:
     from restow.progress import bar
 
     return bar("loading")
-
-
-def _allowed(names: Sequence[str], patterns: Sequence[str], option: str, error: Any) -> tuple[str, ...]:
-    """The names, all of them allowed; raises for one that is not, and for a pattern that matches none."""
-    if isinstance(patterns, str):
-        raise UsageError(f"{option} as a list of patterns", f"the text {patterns!r}")
-    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
-    if idle:
-        raise UsageError(f"{option} patterns that match something", f"{idle[0]!r}, which matches nothing")
-    refused = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if refused:
-        raise error(refused)
-    return tuple(names)
-
-
-def _missing_error(opened: Checkpoint) -> Any:
-    def error(names: Sequence[str]) -> RestowError:
-        files = sorted({entry.pieces[0].file for entry in opened.tensors.values() if entry.pieces[0].file})
-        mine = MissingTensorError(
-            "every tensor of the destination in the source",
-            f"{len(names)} that it does not hold",
-            path=opened.path,
-            tensor=names[0],
-            sections=[("missing", map(show, names)), ("looked in", map(show, files))],
-            hint="rename= says how names differ; allow_missing= leaves a tensor as it is",
-        )
-        # What the source itself lacks is said in its own names, too.
-        return merged([mine, *(problem.error for problem in opened.problems if problem.fatal)])
-
-    return error
-
-
-def _judge_unused(
-    made: Plan, slots: Slots, opened: Checkpoint, wish: Wish, allow: Sequence[str]
-) -> tuple[str, ...]:
-    """Source tensors without a place: refused, unless allowed, part of other pieces, or aliases of what was filled."""
-    unused = [name for name in made.unused if name not in slots.aliases]
-    if wish.part:
-        held = {source for source, *_ in made.layouts}
-        experts = opened.expert_tensors
-        refused = [n for n in unused if n in experts and experts[n][0] in held]
-        elsewhere = tuple(n for n in unused if n not in refused)
-        return (*elsewhere, *_allowed(refused, allow, "allow_unused", _unused_error(opened)))
-    return _allowed(unused, allow, "allow_unused", _unused_error(opened))
-
-
-def _unused_error(opened: Checkpoint) -> Any:
-    def error(names: Sequence[str]) -> UnexpectedTensorError:
-        return UnexpectedTensorError(
-            "a place for every tensor of the source",
-            f"{len(names)} without one",
-            path=opened.path,
-            tensor=names[0],
-            sections=[("unused", map(show, names))],
-            hint="rename= says how names differ, part=True that this is a piece, allow_unused= leaves them out",
-        )
-
-    return error
-
-
-def _narrowed(made: Plan, opened: Checkpoint, allow: Sequence[str]) -> dict[str, str]:
-    """Casts that lose precision, by destination; raises `PrecisionError` where a row forbids it and `allow` does not."""
-    found: dict[str, str] = {}
-    exact: dict[str, PrecisionError] = {}
-    for copy in made.copies:
-        part, target = made.parts[copy.source], made.targets[copy.target]
-        if target.name in found:
-            continue
-        if part.coding >= 0:
-            codec = CODECS[made.codings[part.coding].codec]
-            if rounds(codec, target.dtype):
-                found[target.name] = f"{codec.name} -> {target.dtype}"
-            continue
-        if not narrows(part.dtype, target.dtype):
-            continue
-        row = opened.routers.get(part.name)
-        if row is not None and row.exact:
-            exact[target.name] = PrecisionError(
-                f"{show(target.name)} in {part.dtype}, as {show(part.name)} is and must stay",
-                target.dtype,
-                tensor=target.name,
-                sections=[("tensor", [show(target.name)]), ("row", [str(row)])],
-                hint="keep this tensor in its precision in the model: its family selects experts by it",
-            )
-        found[target.name] = f"{part.dtype} -> {target.dtype}"
-    _allowed(list(exact), allow, "allow_narrowed", lambda names: alike([exact[name] for name in names]))
-    return found

@@ -41,14 +41,15 @@ from restow.errors import (
 )
 from restow.family import Family
 from restow.files import open_source, read_all
-from restow.find import Module, candidates_of, find_modules
+from restow.find import candidates_of, find_modules
 from restow.landing import layout_of
 from restow.layout import Layout, axis_size, name_of, shape_of
+from restow.module import Module
 from restow.naming import Rename, fits, renamed
 from restow.opening import by_config
 from restow.outfiles import INDEX, OutFile, index_text, new_files, recorded_files
 from restow.packing import packed_weights
-from restow.planning import raise_fatal
+from restow.prepare import raise_fatal
 from restow.problems import merged
 from restow.sidefiles import side_files
 from restow.stated import statement
@@ -204,6 +205,7 @@ def new_outline(
         shapes,
         candidates,
         sizes,
+        family=family,
         claimed=lambda name: True,
         local=local,
         partial=bool(local),

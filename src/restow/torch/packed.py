@@ -22,11 +22,11 @@ from restow.decoded import decoded
 from restow.encodings import ENCODINGS
 from restow.entries import Entry, Piece
 from restow.errors import QuantizationError, RestowError, UsageError, show
-from restow.find import Module
 from restow.landing import Wish, find_landing, pair_modules
+from restow.module import Module
 from restow.outfiles import nbytes
 from restow.packing import Packed, packed_weights, pieces
-from restow.planning import Prepared, prepare
+from restow.prepare import Prepared, prepare
 from restow.targets import Runs, Target
 from restow.torch.chunks import Filled, Slice, stream
 from restow.torch.dtypes import torch_dtype

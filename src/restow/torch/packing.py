@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, product
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -85,17 +85,22 @@ def packed(plan: Plan, tensors: Mapping[str, torch.Tensor], capacity: int, share
     """
     if not plan.copies:
         return Packed([], [], [], *(np.zeros(0, np.int64) for _ in range(3)))
-    sources, ats, targets, starts, patterns = zip(*plan.copies, strict=True)
-    lead = _leads(plan, _array(sources), _array(ats), _array(patterns))
-    code = _array(patterns) * len(plan.targets) + _array(targets)
+    columns = list(zip(*plan.copies, strict=True))
+    sources, ats, targets, patterns = (_array(columns[i]) for i in (0, 1, 2, 4))
+    lead = _leads(plan, sources, ats, patterns)
+    code = patterns * len(plan.targets) + targets
     key = np.where(lead == np.arange(len(lead)), code, code + (1 + code[lead]) * (1 + code.max()))
     _, where, kind = np.unique(key, return_index=True, return_inverse=True)
     shapes: dict[Shape, int] = {}
     tables = [_tiles(plan, int(i), int(lead[i]), tensors, capacity - ALIGN, shapes) for i in where]
 
-    widths = _array([torch_dtype(part.dtype).itemsize for part in plan.parts])[_array(sources)]
-    begins = _array([part.begin for part in plan.parts])[_array(sources)] + widths * _array(ats)
-    base = _places(plan, tensors, targets, starts)
+    files, kinds = (
+        _numbered([part.file for part in plan.parts]),
+        _numbered([part.dtype for part in plan.parts]),
+    )
+    widths = _array([torch_dtype(name).itemsize for name in kinds[0]])[kinds[1]][sources]
+    begins = _array([part.begin for part in plan.parts])[sources] + widths * ats
+    base = _places(plan, tensors, targets, columns[3])
     tiles = _Tiles(tables, kind)
     owner = tiles.copy  # of each tile, its copy
     to = base[owner] + tiles.column([t.to for t in chain(*tables)])
@@ -109,16 +114,15 @@ def packed(plan: Plan, tensors: Mapping[str, torch.Tensor], capacity: int, share
     reader[mine] = np.arange(len(mine))
     reader = reader[tiles.first[lead[owner]] + tiles.number]
     order = np.argsort(slot[reader], kind="stable")
-    names, files = _numbered([part.file for part in plan.parts])
     reads = _Reads(tables, tiles.row[mine])
     table = (
         slot[reads.tile],
-        files[_array(sources)][owner[mine]][reads.tile],
+        files[1][sources][owner[mine]][reads.tile],
         begins[owner[mine]][reads.tile] + reads.begin,
         reads.length,
         at[reads.tile] + reads.at,
     )
-    shares = list(_shares(names, share, *_joined(*table)))
+    shares = list(_shares(files[0], share, *_joined(*table)))
     counts = np.bincount([share.slot for share in shares], minlength=int(slot[-1]) + 1)
     ends = np.zeros(len(counts), np.int64)
     np.maximum.at(ends, slot, at + need[mine])
@@ -148,20 +152,20 @@ def _leads(plan: Plan, sources: Ints, ats: Ints, patterns: Ints) -> Ints:
 
 
 def _places(
-    plan: Plan, tensors: Mapping[str, torch.Tensor], targets: Sequence[int], starts: Sequence[Any]
+    plan: Plan, tensors: Mapping[str, torch.Tensor], targets: Ints, starts: Sequence[Sequence[int]]
 ) -> Ints:
     """Of each copy the element in its destination's storage at which it begins."""
-    used = sorted(set(targets))
-    of = {i: tensors[plan.targets[i].name] for i in used}
-    wide = max((of[i].dim() for i in used), default=0)
+    of = {int(i): tensors[plan.targets[i].name] for i in np.unique(targets)}
+    wide = max((tensor.dim() for tensor in of.values()), default=0)
     steps = np.zeros((len(plan.targets), wide), np.int64)
     origin = np.zeros(len(plan.targets), np.int64)
     for i, tensor in of.items():
         steps[i, : tensor.dim()] = tensor.stride()
         origin[i] = int(tensor.storage_offset())
-    whole = [start if len(start) == wide else (*start, *(0,) * (wide - len(start))) for start in starts]
-    flat = _array(list(chain.from_iterable(whole))).reshape(len(starts), wide)
-    found: Ints = origin[_array(targets)] + (flat * steps[_array(targets)]).sum(1)
+    if any(tensor.dim() < wide for tensor in of.values()):
+        starts = [(*start, *(0,) * (wide - len(start))) for start in starts]
+    flat = np.fromiter(chain.from_iterable(starts), np.int64, wide * len(starts)).reshape(len(starts), wide)
+    found: Ints = origin[targets] + (flat * steps[targets]).sum(1)
     return found
 
 
@@ -273,19 +277,19 @@ def _joined(slot: Ints, file: Ints, begin: Ints, length: Ints, at: Ints) -> tupl
 
 def _shares(names: Sequence[str], share: int, *columns: Ints) -> Iterator[Share]:
     """Reads cut into shares that span `share` bytes of a slot at most: few calls, each of which gives up the interpreter."""
-    now = Share(-1, 0, 0, [])
+    place, first, end = -1, 0, 0  # of the share that is being made: its slot, and what it spans there
+    pieces: list[Piece] = []
     for slot, file, begin, length, at in zip(*(column.tolist() for column in columns), strict=True):
         done = 0
         while done < length:
-            room = now.at + share - (at + done)
-            if slot != now.slot or room <= 0:
-                if now.pieces:
-                    yield now
-                now = Share(slot, at + done, 0, [])
-                room = share
+            room = first + share - (at + done)
+            if slot != place or room <= 0:
+                if pieces:
+                    yield Share(place, first, end - first, pieces)
+                place, first, room, pieces = slot, at + done, share, []
             part = min(room, length - done)
-            now.pieces.append((names[file], begin + done, part, at + done))
+            pieces.append((names[file], begin + done, part, at + done))
             done += part
-            now = now._replace(size=at + done - now.at)
-    if now.pieces:
-        yield now
+            end = at + done
+    if pieces:
+        yield Share(place, first, end - first, pieces)

@@ -17,11 +17,12 @@ import torch
 import xxhash
 
 from restow.landing import chosen_experts
-from restow.planning import Prepared
+from restow.module import owners_of
 from restow.plans import Part
+from restow.prepare import Prepared
 from restow.targets import Target, whole_target
 from restow.torch.dtypes import torch_dtype
-from restow.torch.leafviews import inner_axes, leaf_views, owners_of, whole_sizes
+from restow.torch.leafviews import inner_axes, leaf_views, whole_sizes
 from restow.torch.leaves import Leaf
 
 Place = tuple[str, Leaf]  # module path, leaf

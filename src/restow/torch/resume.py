@@ -18,10 +18,11 @@ from restow.checkpoint import Checkpoint
 from restow.errors import RestowError
 from restow.files import open_source
 from restow.outfiles import OutFile
-from restow.planning import Prepared
-from restow.torch.chunks import CHUNK, Filled, raw, slices
+from restow.prepare import Prepared
+from restow.torch.chunks import CHUNK, Filled, slices
 from restow.torch.digesting import Digests
 from restow.torch.dtypes import torch_dtype
+from restow.torch.raw import raw
 
 PART = CHUNK // 2
 

@@ -27,5 +27,6 @@ def local_ranks() -> int:
 
 
 def default_readers() -> int:
-    """Three of four cores of this process, at most 12: the caller and the driver need some (see docs/log.md)."""
-    return max(1, min(12, cores() // local_ranks() * 3 // 4))
+    """Three of four cores of this process, at most 12; 6 where ranks share a machine (see docs/log.md)."""
+    ranks = local_ranks()
+    return max(1, min(12 if ranks == 1 else 6, cores() // ranks * 3 // 4))

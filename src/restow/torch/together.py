@@ -25,8 +25,9 @@ from restow.landing import Wish
 from restow.naming import Rename
 from restow.outfiles import OutFile
 from restow.pages import PagedWrites, Range, Write, all_spills, page_of, shared_pages
-from restow.planning import Prepared, plan_of, prepare
+from restow.planning import plan_of
 from restow.plans import Plan
+from restow.prepare import Prepared, prepare
 from restow.publish import Staging
 from restow.sharing import Share, leave_witness, remove_witness, vanished
 from restow.targets import Shard, Target, whole_target

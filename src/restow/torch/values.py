@@ -29,13 +29,14 @@ from restow.landing import Wish, chosen_experts
 from restow.layout import axis_size
 from restow.located import located
 from restow.notation import Row, dim_keys
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.problems import Problem
 from restow.quantized import scales_of
 from restow.required import tied_pair
 from restow.targets import whole_target
-from restow.torch.chunks import Filled, Slice, raw, stream
+from restow.torch.chunks import Filled, Slice, stream
 from restow.torch.leaves import name_index
+from restow.torch.raw import raw
 
 BLOCK = 1 << 18  # elements that are looked at together: they stay in the cache
 AGAIN = "get the file again unless it was trained so: values are kept as they are"

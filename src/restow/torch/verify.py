@@ -19,15 +19,15 @@ from restow.boxes import held
 from restow.checkpoint import Checkpoint
 from restow.decoded import DecodedTensors, decoded
 from restow.errors import UsageError, show
-from restow.find import Module
 from restow.joining import joined
 from restow.judge import undecodable
 from restow.landing import Wish, pair_modules
 from restow.layout import name_of, shape_of
+from restow.module import Module
 from restow.naming import Rename, check_rename, renamed
 from restow.notation import Row
 from restow.opening import family_of, open_checkpoint
-from restow.planning import Prepared, pair_others
+from restow.prepare import Prepared, pair_others
 from restow.problems import merged
 from restow.targets import Target, whole_target
 from restow.torch.alone import judge_alone

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from restow.checkpoint import Checkpoint
 from restow.errors import show
-from restow.planning import Prepared
+from restow.prepare import Prepared
 from restow.problems import Problem
 from restow.targets import Target
 from restow.torch.chunks import CHUNK, Slice, room, side_by_side, slices
