@@ -33,7 +33,8 @@ from test_device import TRAY, Memory
 from test_quantized import mxfp4
 from test_quantized_formats import FORMATS, build
 
-executes = sys.modules["restow.torch.execute"]  # the package's name for it is the function
+# The packages' names for these are functions.
+executes, pump = sys.modules["restow.torch.execute"], sys.modules["restow.torch.pump"]
 EXPERTS = "model.layers.0.mlp.experts"
 IN, OUT = f"{EXPERTS}.gate_and_up_projs", f"{EXPERTS}.down_projs"
 ROOM = 150_000  # bytes that a slot, and the scratch, of these tests take
@@ -278,24 +279,41 @@ def by_address(table: torch.Tensor, what: Launch) -> None:
             target[row::far][:cols] = source[row * step : row * step + cols]
 
 
-@pytest.mark.parametrize("kind", ["fp8_modelopt", "nvfp4", "int4_packed"])
+def with_plain_layer(folder: Path) -> Path:
+    """Experts in codes, and after them a layer of plain ones."""
+    stored, values = fp8_split(2, 131, 70)
+    left = {**fp8_config(), "modules_to_not_convert": ["model.layers.1"]}
+    about = config(left, 2, 131, 70, num_hidden_layers=2)
+    for name in ("mlp.gate.weight", "input_layernorm.weight"):
+        stored[f"model.layers.1.{name}"] = stored[f"model.layers.0.{name}"].clone()
+    plain = {name: value for name, value in values.items() if ".experts." in name}
+    stored |= {name.replace("layers.0", "layers.1"): value.bfloat16() for name, value in plain.items()}
+    return write(folder, stored, about)
+
+
+@pytest.mark.parametrize("kind", ["fp8 and plain", "nvfp4", "int4_packed"])
 def test_transposes_go_by_one_table_a_slot(tmp_path: Path, kind: str, monkeypatch: Any) -> None:
     """Plain ones from the slots, decoded ones from the scratch."""
-    folder, _, _ = build(tmp_path, FORMATS[kind])
-    launched: list[Launch] = []
+    mixed = kind not in FORMATS
+    folder = with_plain_layer(tmp_path) if mixed else build(tmp_path, FORMATS[kind])[0]
+    launched: list[tuple[Launch, int]] = []
+
+    def launch(table: torch.Tensor, what: Launch) -> None:
+        assert len(table) == what.last - what.first
+        launched.append((what, table.data_ptr()))
+        by_address(table, what)
+
+    defaults = slotwork.prepared.__defaults__
+    assert defaults is not None
+    monkeypatch.setattr(slotwork.prepared, "__defaults__", (0, *defaults[1:]))  # always worth it
     monkeypatch.setattr(slotwork, "usable", lambda *_: True)
-    monkeypatch.setattr(slotwork, "WORTH", 0)
-    monkeypatch.setattr(slotwork.prepared, "__defaults__", (0, *slotwork.prepared.__defaults__[1:]))  # type: ignore[index]
-    monkeypatch.setattr(
-        sys.modules["restow.torch.pump"],
-        "launch",
-        lambda table, what: (launched.append(what), by_address(table, what)),
-    )
+    monkeypatch.setattr(pump, "launch", launch)
     for dtype, shard in ((torch.bfloat16, None), (torch.float32, ("f", 1, 3)), (torch.bfloat16, ("d", 4, 7))):
         plan = restow.plan(folder, layout="grouped", shard=restow.Shard(*shard) if shard else None)
         before = len(launched)
         same(plan, blank(plan, dtype), folder)
-        assert len(launched) > before
+        assert len(launched) > before + (mixed and dtype == torch.bfloat16), "of both kinds of slots"
+    assert [what.first for what, _ in launched].count(0) == 3, "rows are numbered through all slots"
 
 
 def test_what_no_device_decodes_goes_the_other_way(tmp_path: Path, monkeypatch: Any) -> None:
@@ -311,11 +329,11 @@ def test_what_no_device_decodes_goes_the_other_way(tmp_path: Path, monkeypatch: 
     assert decodable(plan, into, (ROOM // 100, 1 << 20))[0] == parted(plan)[0], "what is too large for a slot"
     pumped: list[Plan] = []
 
-    def pump(plan: Plan, *args: Any, **more: Any) -> Any:
+    def pumping(plan: Plan, *args: Any, **more: Any) -> Any:
         pumped.append(plan)
         return device.run_on_device(plan, *args, **more, lane=Larger)
 
-    monkeypatch.setattr(executes, "run_on_device", pump)
+    monkeypatch.setattr(executes, "run_on_device", pumping)
     monkeypatch.setattr(executes, "on_one_device", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     told: list[tuple[int, int]] = []
@@ -331,6 +349,7 @@ def test_what_no_device_decodes_goes_the_other_way(tmp_path: Path, monkeypatch: 
     ("nf4", 1, ("multiply",), torch.bfloat16),
     ("e2m1", 8, ("multiply",), torch.bfloat16),
     ("e2m1", 1, ("coded", "table", "nested", "offset"), torch.bfloat16),
+    ("e2m1", 1, ("coded",), torch.bfloat16),
     ("e2m1", 1, ("multiply",), torch.float64),
     ("e2m1", 1, ("multiply", "multiply"), torch.bfloat16),
 ])  # fmt: skip

@@ -53,6 +53,15 @@ class Coded(NamedTuple):
     packed: int = -1
 
 
+class _Kind(NamedTuple):
+    """What the coded weights of a row share: the shape, the columns of the last axis where its dim has several, and of
+    every scale its grid (None for a note) and the block that the columns cut, where they do."""
+
+    shape: tuple[int, ...]
+    columns: int
+    grids: tuple[tuple[Grid | None, int], ...]
+
+
 def logical_row(codec: Codec, row: Row) -> Row:
     """The row of what a row of codes decodes to."""
     found = logical(row, codec.bits, WORD_BITS[codec.dtypes[0]])
@@ -120,6 +129,8 @@ class CodedWeights(Mapping[str, Coded]):
         self.names: dict[str, str] = {}  # raw name -> name in the view, where that is another
         self.matrices: dict[str, tuple[int, int]] = {}  # weights outside the experts: rows and columns
         self._known: dict[tuple[Row, Row, tuple[int, ...], tuple[int, ...], str], Grid] = {}
+        self._kinds: dict[tuple[str, str], _Kind] = {}
+        self._last: tuple[str, Coded] | None = None  # a plan asks for a weight's shape, then for its scales
         experts: set[str] = set()
         for path, module in found.modules.items():
             listed = [n for names in module.tensors.values() for n in names if n is not None]
@@ -179,36 +190,38 @@ class CodedWeights(Mapping[str, Coded]):
         return {}
 
     def __getitem__(self, name: str) -> Coded:
+        if self._last is None or self._last[0] != name:
+            self._last = name, self._coded(name)
+        return self._last[1]
+
+    def _coded(self, name: str) -> Coded:
         found = self.weights[name]
         if len(found) == 3:
             codec, row, raw = found
             layout = _matrix_layout(codec)
-            scales = [
-                (r, spelled(c.name, name))
-                for c in codec.scales
-                for r in layout.rows
-                if r.role.endswith(c.role)
-            ]
-            sizes: Mapping[str, int] = dict(zip(("x0", "x1"), self.matrices[name], strict=True))
+            at = [r for c in codec.scales for r in layout.rows if r.role.endswith(c.role)]
+            scales = [spelled(c.name, name) for c in codec.scales]
+            kind = self._kind(codec, row, at, dict(zip(("x0", "x1"), self.matrices[name], strict=True)))
         else:
             module, role = found
             assert module.codec is not None
-            codec, raw, sizes = module.codec, name, module.sizes
-            base = role.removesuffix(CODES)
-            row = logical_row(codec, module.layout.row(role))
+            codec, raw, base = module.codec, name, role.removesuffix(CODES)
             place = self._place(module, role, name)
             scales = []
             for companion in codec.scales:
-                scale_role = base + companion.role
-                scale = module.tensors[scale_role][place]
+                scale = module.tensors[base + companion.role][place]
                 if scale is None:
                     raise self._error(f"a scale for {show(name)}", "none", name)
-                scales.append((module.layout.row(scale_role), scale))
-        shape = shape_of(row, sizes)
+                scales.append(scale)
+            if (module.path, role) not in self._kinds:
+                at = [module.layout.row(base + companion.role) for companion in codec.scales]
+                row = logical_row(codec, module.layout.row(role))
+                self._kinds[module.path, role] = self._kind(codec, row, at, module.sizes)
+            kind = self._kinds[module.path, role]
         entry = self.raw[raw]
-        if prod(shape) * codec.bits != prod(entry.shape) * DTYPE_BITS[entry.dtype]:
+        if prod(kind.shape) * codec.bits != prod(entry.shape) * DTYPE_BITS[entry.dtype]:
             raise self._error(
-                f"{codec.name} codes of {list(shape)} without padding",
+                f"{codec.name} codes of {list(kind.shape)} without padding",
                 f"{show(raw)} {list(entry.shape)}",
                 raw,
             )
@@ -218,30 +231,36 @@ class CodedWeights(Mapping[str, Coded]):
                 f"{len(entry.pieces)} pieces of {show(raw)}",
                 raw,
             )
-        by_role = {scale.role: scale for scale in codec.scales}
         grids = []
-        for at, scale in scales:
+        for scale, (grid, block) in zip(scales, kind.grids, strict=True):
             if len(self.raw[scale].pieces) != 1:
                 raise self._error(
                     "scales in one piece", f"{len(self.raw[scale].pieces)} pieces of {show(scale)}", scale
                 )
-            how = next(c.how for end, c in by_role.items() if at.role.endswith(end))
-            if how == "offset":
-                grids.append((scale, self._note(scale)))
-                continue
-            grids.append((scale, self._grid(row, at, shape, how, sizes)))
-            if how in NESTED:
-                continue
-            last = dim_keys(row.dims[-1]) if row.dims else ()
-            columns = axis_size(row, last[-1], sizes) if len(last) > 1 else 0
-            if any(term.dim == len(shape) - 1 and columns % term.divisor for term in grids[-1][1].terms):
-                block = max(term.divisor for term in grids[-1][1].terms)
+            grids.append((scale, grid if grid is not None else self._note(scale)))
+            if block:
                 raise self._error(
                     f"rows of whole blocks of {block} that share a {codec.name} scale",
-                    f"rows of {columns} in {show(raw)}",
+                    f"rows of {kind.columns} in {show(raw)}",
                     raw,
                 )
-        return Coded(codec, raw, shape, tuple(grids), -2 if codec.across else -1)
+        return Coded(codec, raw, kind.shape, tuple(grids), -2 if codec.across else -1)
+
+    def _kind(self, codec: Codec, row: Row, scales: list[Row], sizes: Mapping[str, int]) -> _Kind:
+        """What coded weights of one row share; `scales` are the rows of their scales, in the codec's order."""
+        shape = shape_of(row, sizes)
+        last = dim_keys(row.dims[-1]) if row.dims else ()
+        columns = axis_size(row, last[-1], sizes) if len(last) > 1 else 0
+        grids: list[tuple[Grid | None, int]] = []
+        for at, companion in zip(scales, codec.scales, strict=True):
+            if companion.how == "offset":
+                grids.append((None, 0))
+                continue
+            grid = self._grid(row, at, shape, companion.how, sizes)
+            cut = any(term.dim == len(shape) - 1 and columns % term.divisor for term in grid.terms)
+            block = max(term.divisor for term in grid.terms) if cut and companion.how not in NESTED else 0
+            grids.append((grid, block))
+        return _Kind(shape, columns, tuple(grids))
 
     def codec(self, name: str) -> Codec:
         """What a weight is coded in."""

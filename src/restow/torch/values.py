@@ -37,6 +37,7 @@ from restow.targets import whole_target
 from restow.torch.chunks import Filled, Slice, stream
 from restow.torch.leaves import name_index
 from restow.torch.raw import raw
+from restow.torch.scale_values import suspects
 
 BLOCK = 1 << 18  # elements that are looked at together: they stay in the cache
 AGAIN = "get the file again unless it was trained so: values are kept as they are"
@@ -239,6 +240,8 @@ def values_of(found: Checkpoint) -> Values:
 def judge_scales(found: Checkpoint, threads: int | None) -> tuple[Problem, ...]:
     """Look at the scales of a checkpoint before anything is decoded by them; exponents alone are always a value."""
     scales = {n: w for n, w in scales_of(found).items() if found.tensors[n].dtype in ("F32", "F16", "BF16")}
+    odd = suspects(found, list(scales))
+    scales = {name: weight for name, weight in scales.items() if name in odd}
     seen = Values({}, plain_name, scales)
     targets = {n: whole_target(n, found.tensors[n].shape, found.tensors[n].dtype) for n in scales}
     own = Prepared(found, targets, Wish(), {}, {}, {}, {name: name for name in targets})
