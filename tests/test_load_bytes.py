@@ -24,7 +24,7 @@ from restow.errors import MissingTensorError, UnexpectedTensorError
 from restow.files import SourceFile, open_source
 from restow.reads import merged
 from restow.torch import read, rows
-from restow.torch.jobs import JOB, LEAST, Job, Queue
+from restow.torch.jobs import AT_ONCE, LEAST, Job, Queue
 from restow.torch.sources import Files
 from restow.torch.transpose import entry_for
 
@@ -355,7 +355,7 @@ def test_from_a_disk_more_threads_read_longer_runs_through_descriptors_of_their_
     monkeypatch.setattr(read, "Files", lambda *a: files.append(Files(*a)) or files[-1])
     monkeypatch.setattr(SourceFile, "at_hand", lambda file, offset: not cold)
     assert restow.load(source, into).bytes_read == plan.bytes
-    assert made == [(read.READERS, read.STREAM) if cold else (3, JOB)]
+    assert made == [(read.READERS, read.STREAM) if cold else (3, AT_ONCE)]
     assert len(files) == (read.READERS if cold else 1)
     assert restow.load(source, into, threads=2).bytes_read == plan.bytes
     assert made[1][0] == 2, "who says how many threads gets as many"

@@ -22,9 +22,10 @@ import torch
 
 from restow.plans import Plan
 from restow.torch.across import COLUMNS, launch
+from restow.torch.ledger import Ledger
 from restow.torch.packing import LARGE, SHARE, Piece, Shape
 from restow.torch.raw import raw
-from restow.torch.read import Booked, Progress, _compare, _Ledger
+from restow.torch.read import Booked, Progress
 from restow.torch.slotwork import TABLE, Job, Run, prepared
 from restow.torch.sources import Files
 from restow.torch.threads import local_ranks
@@ -106,10 +107,10 @@ def run_on_device(
         made = (lane or Streams)(device, max(2, min(threads + SPARE, PINNED // size)), size)
         way = stack.enter_context(made)
         job = prepared(plan, tensors, way.there, share=way.trays[0].numel())
-        ledger = _Ledger()
+        ledger = Ledger()
         ledger.book(*pump(job, way, filling(files), threads, progress))
         files.check()
-    return Booked(ledger.read, _compare(plan, ledger))
+    return Booked(ledger.read, ledger.compare(plan))
 
 
 def filling(files: Files) -> Fill:

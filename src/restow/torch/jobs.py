@@ -16,13 +16,14 @@ from restow.coding import jobs as coded_jobs
 from restow.moves import Pattern
 from restow.plans import Copy, Plan
 from restow.reads import spans
-from restow.torch.rows import side_by_side
+from restow.torch.rows import side_by_side, turned
 from restow.torch.strides import even
 from restow.torch.transpose import LINE
 
-JOB = (
-    16 << 20
-)  # bytes of one job, where the outermost axis lets it be cut, and of what a thread takes at once
+JOB = 16 << 20  # bytes of one job, where the outermost axis lets it be cut
+AT_ONCE = (
+    64 << 20
+)  # bytes of what a thread takes at once out of memory: each take costs the interpreter's start
 LEAST = 1 << 20  # bytes of what a thread takes towards the end, where there are more
 
 
@@ -94,7 +95,14 @@ def jobs(plan: Plan) -> Iterator[Job]:
 def _neighbours(plan: Plan) -> Iterator[tuple[list[tuple[Copy, ...]], bool]]:
     """Batches in order, those that fill whole rows side by side together; and whether they do."""
     held: list[tuple[Copy, ...]] = []
+    alone: dict[int, bool] = {}  # by pattern: those that fill no rows with others
     for batch in plan.batches():
+        first = batch[0]
+        if first.pattern not in alone:
+            alone[first.pattern] = not turned(plan.patterns[first.pattern], len(first.start) - 1)
+        if alone[first.pattern] and not held:
+            yield [batch], False
+            continue
         held.append(batch)
         whole = side_by_side(plan, held)
         if whole is False and len(held) > 1:  # those before it stand alone; it may begin others

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -18,14 +17,16 @@ from typing import NamedTuple
 import torch
 
 from restow.coding import byte_box
-from restow.errors import CoverageError, UsageError, show
+from restow.errors import UsageError
 from restow.files import SourceFile
 from restow.plans import Copy, Part, Plan
 from restow.reads import Spans, merged, spans
 from restow.torch.decode import Decoder
 from restow.torch.decode import Landing as Decoded
 from restow.torch.dtypes import dtype_name, torch_dtype
-from restow.torch.jobs import JOB, Job, Queue, jobs, volume
+from restow.torch.jobs import AT_ONCE, JOB, Job, Queue, jobs, volume
+from restow.torch.ledger import Ledger
+from restow.torch.onerun import OneRun, one_run
 from restow.torch.raw import raw
 from restow.torch.rows import block, fill_rows
 from restow.torch.sources import Files, is_cold
@@ -55,23 +56,6 @@ class Booked(NamedTuple):
     bytes_written: int
 
 
-@dataclass
-class _Ledger:
-    """What happened in one call, under one lock."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    written: dict[int, int] = field(default_factory=dict)  # elements by target
-    read: int = 0
-    errors: list[tuple[int, BaseException]] = field(default_factory=list)
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def book(self, read: int, written: Mapping[int, int]) -> None:
-        with self.lock:
-            self.read += read
-            for target, count in written.items():
-                self.written[target] = self.written.get(target, 0) + count
-
-
 def run_plan(
     plan: Plan,
     tensors: Mapping[str, torch.Tensor],
@@ -94,12 +78,12 @@ def run_plan(
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError("threads as a whole number of at least 1", repr(threads))
-    ledger = _Ledger()
+    ledger = Ledger()
     cold = root is not None and is_cold(plan.parts, root)
     usual = default_threads()
     wanted = threads or (max(usual, min(READERS, 2 * usual)) if cold else usual)
     workers = min(wanted, max(1, len(plan.copies)))
-    queue = Queue(jobs(plan), volume(plan), workers, STREAM if cold else JOB)
+    queue = Queue(jobs(plan), volume(plan), workers, STREAM if cold else JOB if large else AT_ONCE)
     tile = max(TILE, min(JOB, WINDOW // workers)) if large else TILE
     total = plan.bytes if progress is not None else 0
     before = torch.get_num_threads()
@@ -107,22 +91,9 @@ def run_plan(
         # From a disk every thread reads through descriptors of its own: the system looks ahead by descriptor.
         own = cold and workers * len({part.file for part in plan.parts}) <= DESCRIPTORS
         files = [Files(stack, root, stamps or {}) for _ in range(workers if own else 1)]
+        shared = (queue, ledger, plan, tensors, memory or {}, tile, WINDOW // workers, watch)
         pool = [
-            threading.Thread(
-                target=_work,
-                args=(
-                    plan,
-                    tensors,
-                    memory or {},
-                    files[i % len(files)],
-                    queue,
-                    ledger,
-                    tile,
-                    WINDOW // workers,
-                    watch,
-                ),
-                daemon=True,
-            )
+            threading.Thread(target=_work, args=(files[i % len(files)], *shared), daemon=True)
             for i in range(workers)
         ]
         try:
@@ -147,34 +118,16 @@ def run_plan(
             opened.check()
     if progress is not None:
         progress(ledger.read, total)
-    written = _compare(plan, ledger)
-    return Booked(ledger.read, written)
-
-
-def _compare(plan: Plan, ledger: _Ledger) -> int:
-    planned: dict[int, int] = {}
-    for copy in plan.copies:
-        planned[copy.target] = planned.get(copy.target, 0) + prod(plan.patterns[copy.pattern].sizes)
-    wrong = [i for i in planned.keys() | ledger.written.keys() if planned.get(i) != ledger.written.get(i)]
-    if wrong:
-        names = [plan.targets[i].name for i in sorted(wrong)]
-        raise CoverageError(
-            f"{sum(planned.values())} elements written, as planned",
-            f"{sum(ledger.written.values())}",
-            tensor=names[0],
-            sections=[("tensors", map(show, names))],
-            hint="do not use these tensors; this is a defect of restow: please report it",
-        )
-    return plan.written
+    return Booked(ledger.read, ledger.compare(plan))
 
 
 def _work(
+    files: Files,
+    queue: Queue,
+    ledger: Ledger,
     plan: Plan,
     tensors: Mapping[str, torch.Tensor],
     memory: Mapping[str, torch.Tensor],
-    files: Files,
-    queue: Queue,
-    ledger: _Ledger,
     tile: int,
     window: int,
     watch: Watch | None,
@@ -227,6 +180,7 @@ class _Worker:
         self._view = raw(self._scratch)
         self._bytes: dict[int, memoryview] = {}
         self._known: dict[tuple[int, int], tuple[_Landing, tuple[int, ...]]] = {}
+        self._runs: dict[tuple[int, int, int, str], OneRun | None] = {}
         self._decoder = Decoder(files.get)
         self._due: tuple[SourceFile, int, int, list[memoryview]] | None = (
             None  # a file's run, and where it goes
@@ -307,6 +261,11 @@ class _Worker:
     def _run_alone(self, job: Job, written: dict[int, int]) -> int:
         plan, copy = self._plan, job.copies[0]
         part = plan.parts[copy.source]
+        run = self._one_run(job, copy, part) if self._watch is None else None
+        if run is not None:
+            begin, place = run.places(copy, part, job.first)
+            written[copy.target] = written.get(copy.target, 0) + run.elements
+            return self._read_soon(self._files.get(part.file), begin, run.size, [place])
         pattern = plan.patterns[copy.pattern]
         sizes = (job.steps, *pattern.sizes[1:]) if pattern.sizes else ()
         at = copy.at + (job.first * pattern.source[0] if pattern.sizes else 0)
@@ -323,6 +282,24 @@ class _Worker:
         for landing in landings:
             written[landing.target] = written.get(landing.target, 0) + prod(sizes)
         return read
+
+    def _one_run(self, job: Job, copy: Copy, part: Part) -> OneRun | None:
+        """What a job shares with others of its pattern where it is one run in its file and in its place."""
+        if len(job.copies) > 1 or part.coding >= 0 or not part.file:
+            return None
+        key = copy.target, copy.pattern, job.steps, part.dtype
+        if key not in self._runs:
+            if len(self._runs) == KEPT:
+                self._runs.clear()
+            here, pattern = self._landing(copy, 0), self._plan.patterns[copy.pattern]
+            known, dims = self._known[copy.target, copy.pattern]
+            size = torch_dtype(part.dtype).itemsize
+            self._runs[key] = (
+                one_run(pattern, job.steps, size, known.strides, self._storage(known), known.offset, dims)
+                if here.dtype == part.dtype
+                else None
+            )
+        return self._runs[key]
 
     def _landing(self, copy: Copy, first: int) -> _Landing:
         """Where a copy begins at step `first`; but for that all copies along one pattern into one tensor are alike."""

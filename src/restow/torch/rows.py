@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+from restow.moves import Pattern
 from restow.plans import Copy, Plan
 from restow.torch.transpose import LINE, Entry
 
@@ -17,12 +18,18 @@ MANY = 8  # matrices that are taken together at most
 ROOM = 3 << 18  # bytes of a block of rows; smaller ones cost more in calls than they spare the cache
 
 
+def turned(pattern: Pattern, last: int) -> bool:
+    """Whether a pattern is a whole matrix whose rows become columns of dim `last`, the last of the target."""
+    sizes, steps, to = pattern
+    return len(sizes) == 2 and steps == (sizes[1], 1) and to[0] == (last, 1) and to[1][1] == 1
+
+
 def side_by_side(plan: Plan, batches: Sequence[tuple[Copy, ...]]) -> bool | None:
     """Whether these neighbours are matrices that fill whole rows of a target; None where the next ones may do so yet."""
     first = batches[0][0]
-    (sizes, steps, to), place = plan.patterns[first.pattern], first.start
+    sizes, place = plan.patterns[first.pattern].sizes, first.start
     last = len(place) - 1
-    if len(sizes) != 2 or steps != (sizes[1], 1) or to[0] != (last, 1) or to[1][1] != 1:
+    if not turned(plan.patterns[first.pattern], last):
         return False
     for batch in batches:
         copy, part = batch[0], plan.parts[batch[0].source]
