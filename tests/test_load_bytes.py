@@ -470,7 +470,7 @@ def test_rows_are_filled_in_blocks(parts: int, width: int, monkeypatch: pytest.M
     source = np.random.default_rng(5).integers(0, 99, (parts, 33, 134)).astype(f"u{width}")
     out = np.full((136, parts * 33), 255, f"u{width}")
     room = np.zeros(rows.block(parts * 33 * width), np.uint8)
-    at = [one.ctypes.data for one in source]
-    rows.fill_rows(entry, out[1:].ctypes.data, at, (33, 134), width, room.ctypes.data)
+    tile = source.ctypes.data
+    rows.fill_rows(entry, out[1:].ctypes.data, tile, (parts * 33, 134), width, room.ctypes.data)
     assert np.array_equal(out[1:-1], np.concatenate([one.T for one in source], axis=1))
     assert (out[[0, -1]] == 255).all(), "nothing around it"

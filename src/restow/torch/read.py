@@ -253,9 +253,8 @@ class _Worker:
         if self._cast.numel() < room:
             self._cast = torch.empty(room, dtype=torch.uint8)
         storage = landing.tensor.untyped_storage().data_ptr()
-        tiles = [buffer.data_ptr() + i * size for i in range(len(copies))]
         out, scratch = storage + landing.offset * dtype.itemsize, self._cast.data_ptr()
-        fill_rows(entry, out, tiles, (rows, cols), dtype.itemsize, scratch)
+        fill_rows(entry, out, buffer.data_ptr(), (width, cols), dtype.itemsize, scratch)
         return read
 
     def _run_alone(self, job: Job, written: dict[int, int]) -> int:
