@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from restow.reads import Spans, merged, spans
 from restow.torch.decode import Decoder
 from restow.torch.decode import Landing as Decoded
 from restow.torch.dtypes import dtype_name, torch_dtype
-from restow.torch.jobs import AT_ONCE, JOB, Job, Queue, jobs, volume
+from restow.torch.jobs import AT_ONCE, JOB, PIECE, Job, Queue, Streams, jobs, volume
 from restow.torch.ledger import Ledger
 from restow.torch.onerun import OneRun, one_run
 from restow.torch.raw import raw
@@ -40,8 +41,7 @@ TILE = (
     4 << 20
 )  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
 WINDOW = 48 << 20  # bytes of all threads' tiles together where reads are to be large, or fill whole rows
-STREAM = 128 << 20  # bytes of what a thread takes from a disk at once: long runs are what it reads fastest
-READERS = 4  # threads that read from a disk, though there be fewer cores
+READERS = 6  # threads that read from a disk, though there be fewer cores
 DESCRIPTORS = 256  # that a call opens at most where it could do with fewer
 KEPT = 64  # storages whose bytes a thread keeps at hand
 
@@ -81,9 +81,9 @@ def run_plan(
     ledger = Ledger()
     cold = root is not None and is_cold(plan.parts, root)
     usual = default_threads()
-    wanted = threads or (max(usual, min(READERS, 2 * usual)) if cold else usual)
+    wanted = threads or (max(usual, min(READERS, 3 * usual)) if cold else usual)
     workers = min(wanted, max(1, len(plan.copies)))
-    queue = Queue(jobs(plan), volume(plan), workers, STREAM if cold else JOB if large else AT_ONCE)
+    takes = _takes(plan, workers, cold, large)
     tile = max(TILE, min(JOB, WINDOW // workers)) if large else TILE
     total = plan.bytes if progress is not None else 0
     before = torch.get_num_threads()
@@ -91,10 +91,10 @@ def run_plan(
         # From a disk every thread reads through descriptors of its own: the system looks ahead by descriptor.
         own = cold and workers * len({part.file for part in plan.parts}) <= DESCRIPTORS
         files = [Files(stack, root, stamps or {}) for _ in range(workers if own else 1)]
-        shared = (queue, ledger, plan, tensors, memory or {}, tile, WINDOW // workers, watch)
+        shared = (ledger, plan, tensors, memory or {}, tile, WINDOW // workers, watch)
         pool = [
-            threading.Thread(target=_work, args=(files[i % len(files)], *shared), daemon=True)
-            for i in range(workers)
+            threading.Thread(target=_work, args=(take, files[i % len(files)], *shared), daemon=True)
+            for i, take in enumerate(takes)
         ]
         try:
             for thread in pool:
@@ -121,9 +121,18 @@ def run_plan(
     return Booked(ledger.read, ledger.compare(plan))
 
 
+def _takes(plan: Plan, workers: int, cold: bool, large: bool) -> list[Callable[[], list[Job]]]:
+    """How each thread comes by its next jobs."""
+    if cold:
+        streams = Streams(jobs(plan), workers, JOB if large else PIECE)
+        return [partial(streams.take, worker) for worker in range(workers)]
+    queue = Queue(jobs(plan), volume(plan), workers, JOB if large else AT_ONCE)
+    return [queue.take] * workers
+
+
 def _work(
+    take: Callable[[], list[Job]],
     files: Files,
-    queue: Queue,
     ledger: Ledger,
     plan: Plan,
     tensors: Mapping[str, torch.Tensor],
@@ -135,7 +144,7 @@ def _work(
     torch.set_num_threads(1)  # this thread is one of ours: ATen must not start a second pool below it
     worker = _Worker(plan, tensors, memory, files, tile, window, watch)
     while not ledger.stop.is_set():
-        jobs = queue.take()
+        jobs = take()
         if not jobs:
             return
         try:
