@@ -1,7 +1,8 @@
 """The command line, `restow` and `python -m restow`: options in, one `Answer` out. Each verb is a few lines.
 
 Options are judged here and nothing else is: a verb calls the library and renders what it gave. Exit codes are
-those of `terminal`. Imports stand inside the verbs, so that `inspect` needs neither torch nor numpy.
+those of `terminal`. Imports stand inside the verbs, so that `inspect` needs neither torch nor numpy; signals wait for
+those of torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from restow.errors import UsageError
-from restow.terminal import Answer, Signalled, code_of, run, signals
+from restow.terminal import Answer, Signalled, code_of, held, run, signals
 
 if TYPE_CHECKING:
     from restow.layout import Layout
@@ -158,7 +159,8 @@ def convert(
     if quantize is not None:
         encoding_of(quantize)
     refuse(opened, strict)  # and so does a bad input
-    from restow.torch.convert import convert as do
+    with held():
+        from restow.torch.convert import convert as do
 
     report = do(
         opened, target, to=wanted, experts=experts_option(keep_experts), dtype=dtype_option(dtype), quantize=quantize,
@@ -196,7 +198,8 @@ def verify(
     for side in sides if b is not None else ():
         if errors := [problem.error for problem in side.problems] if strict else undecodable(side):
             raise merged(errors)
-    from restow.torch.verify import verify as do
+    with held():
+        from restow.torch.verify import verify as do
 
     return verified(do(*sides, experts_only=experts_only, sample=sample, threads=threads, strict=strict))
 
@@ -237,13 +240,15 @@ def lora(
         raise UsageError("DST and --to FORMAT, or --check with --base", given)
     done = None
     if target is not None and to is not None:
-        from restow.torch.adapter_convert import convert as do
+        with held():
+            from restow.torch.adapter_convert import convert as do
 
         done = adapted(do(source, target, to=to, base=base, family=family, faces=faces, outer=outer,
                           expert_major=expert_major, replace=replace))  # fmt: skip
         if not check:
             return done
-    from restow.torch.adapter_check import check as run_check
+    with held():
+        from restow.torch.adapter_check import check as run_check
 
     assert base is not None
     if done is None:
@@ -276,7 +281,8 @@ def merge(
 
     opened = open_checkpoint(base, family=family)
     refuse(opened, strict)  # before torch is imported
-    from restow.torch.adapter_merge import merge as do
+    with held():
+        from restow.torch.adapter_merge import merge as do
 
     return adapted(
         do(
@@ -328,7 +334,8 @@ def demo(
     debug: DebugOption = False,
 ) -> Answer:
     """Make a small checkpoint, load it whole and on two ranks, check every value, and show one refusal."""
-    from restow.torch.demo import demonstrate
+    with held():
+        from restow.torch.demo import demonstrate
 
     return demonstrate(keep)
 
@@ -369,7 +376,8 @@ def dtype_option(name: str | None) -> Any:
     words = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
     if name not in words:
         raise UsageError(f"a dtype, one of {', '.join(words)}", f"'{name}'")
-    import torch
+    with held():
+        import torch
 
     return getattr(torch, words[name])
 
