@@ -229,6 +229,8 @@ def lora(
 ) -> Answer:
     """Write an adapter in another format; with --check see in PEFT whether it does what was trained."""
     from restow.adapter_formats import judge_name
+    from restow.adapter_open import judge_adapter
+    from restow.adapter_orient import Options
     from restow.answers import adapted, checked
 
     if to is not None:
@@ -238,25 +240,27 @@ def lora(
     if (target is None or to is None) and not (check and target is None and to is None):
         given = "--to alone" if to is not None else "DST alone" if target is not None else "neither"
         raise UsageError("DST and --to FORMAT, or --check with --base", given)
+    known = judge_adapter(
+        source, base, family, Options(faces, outer, expert_major)
+    )  # and so does a bad input
     done = None
     if target is not None and to is not None:
         with held():
             from restow.torch.adapter_convert import convert as do
 
-        done = adapted(do(source, target, to=to, base=base, family=family, faces=faces, outer=outer,
+        done = adapted(do(source, target, to=to, base=known, family=family, faces=faces, outer=outer,
                           expert_major=expert_major, replace=replace))  # fmt: skip
         if not check:
             return done
     with held():
         from restow.torch.adapter_check import check as run_check
 
-    assert base is not None
     if done is None:
         return checked(
-            run_check(source, base, family=family, faces=faces, outer=outer, expert_major=expert_major)
+            run_check(source, known, family=family, faces=faces, outer=outer, expert_major=expert_major)
         )
     assert target is not None
-    said = checked(run_check(target, base, family=family))
+    said = checked(run_check(target, known, family=family))
     return Answer({**done.data, "check": said.data}, [*done.lines, *said.lines], said.code)
 
 
@@ -275,12 +279,15 @@ def merge(
     debug: DebugOption = False,
 ) -> Answer:
     """Write a base plus an adapter's deltas, in the base's own layout, files and precision."""
+    from restow.adapter_open import judge_adapter
+    from restow.adapter_orient import Options
     from restow.answers import adapted
     from restow.opening import open_checkpoint
     from restow.planning import refuse
 
     opened = open_checkpoint(base, family=family)
     refuse(opened, strict)  # before torch is imported
+    judge_adapter(adapter, opened, family, Options(faces, outer, expert_major))
     with held():
         from restow.torch.adapter_merge import merge as do
 
