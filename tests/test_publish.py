@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import restow
 from faults import ERRORS, INTERRUPTS, KILLS, Child, End, Faults, Tree, fork, forked, outcome, tree
 from restow import locking, manifest, writing
 from restow.destination import locate, unfinished
@@ -27,6 +28,7 @@ from restow.errors import (
     DestinationExistsError,
     DurabilityUncertainError,
     IndexFileError,
+    MissingShardError,
     NoSpaceError,
     NotWritableError,
     SamePathError,
@@ -768,6 +770,18 @@ def test_a_lock_that_cannot_be_closed_is_told_and_no_error(
         "  try       look at the disk: the system's log says more",
     )
     assert {path.name for path in fast.iterdir()} == {"x"}
+
+
+def test_what_was_set_aside_is_named_to_who_looks_for_it(fast: Path) -> None:  # D17
+    publish(fast / "x", 1)
+    (fast / "x").rename(fast / ".x.old")
+    with pytest.raises(MissingShardError) as caught:
+        restow.open(fast / "x")
+    assert str(caught.value) == (
+        "expected a folder or a safetensors file, found no file\n"
+        f"  in        {fast}/x\n"
+        "  try       an interrupted replacement set it aside as .x.old; the next run that writes there gives it back"
+    )
 
 
 def test_what_was_swept_is_said_with_an_error_too(fast: Path) -> None:  # D14, D17

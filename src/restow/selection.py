@@ -42,6 +42,8 @@ _CONVERT = (
 )
 _ABSENT = "check the path; restow fetches nothing: for a repository of the hub, hf download does, and prints the path"
 
+_ASIDE = "an interrupted replacement set it aside as {}; the next run that writes there gives it back"
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -82,7 +84,8 @@ def _one_file(path: str) -> Selection:
         files.open_source(path, what="a folder or a safetensors file").close()
     except MissingShardError as error:
         if error.found == files.ABSENT:  # the caller's own word, not that of an index
-            error.hint = _ABSENT
+            aside = Path(path).parent / f".{Path(path).name}.old"
+            error.hint = _ASIDE.format(show(aside.name)) if aside.is_dir() else _ABSENT
         raise
     whole = Path(path)
     judge_finished(str(whole.parent))
