@@ -392,6 +392,44 @@ def test_exit_codes_by_error() -> None:
     assert terminal.failure_text(restow.errors.UsageError("\xe4", "b")).isascii()
 
 
+def test_what_was_noted_with_an_error_is_shown() -> None:
+    error = restow.errors.UsageError("a", "b")
+    error.add_note("removed \xe4")
+    assert terminal.failure_text(error) == "restow.errors.UsageError: expected a, found b\nremoved \\xe4"
+    assert terminal.failure(error) == {
+        "class": "restow.errors.UsageError", "text": "expected a, found b", "expected": "a", "found": "b",
+        "notes": ["removed \xe4"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+        ),
+        RuntimeError("can't start new thread"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    ],
+)
+def test_what_means_too_little_memory_is_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:  # X12
+    def verb() -> terminal.Answer:
+        raise error
+
+    assert terminal.run(verb) == 3
+    assert capsys.readouterr().err == f"MemoryError: {error}\n"
+
+
+def test_other_errors_of_python_are_defects() -> None:
+    def verb() -> terminal.Answer:
+        raise ImportError("No module named 'made_up'")
+
+    with pytest.raises(ImportError):
+        terminal.run(verb)
+
+
 def test_a_terminal_gets_colour_and_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
     import pty
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -919,6 +921,40 @@ def test_a_source_that_changes_meanwhile(
         restow.convert(source, tmp_path / "a", to="grouped", progress=meddle)
     assert text in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_failing_sync_ends_the_work_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # D19
+    """Not after all the other files were written, too."""
+    from restow import writing
+
+    source = SMALL.written(tmp_path / "source", "split")
+    monkeypatch.setattr(module, "CHUNK", 512)
+    real, synced = writing.pwrite, list[int]()
+
+    def fsync(fd: int) -> None:
+        synced.append(fd)
+        raise OSError(errno.EIO, "denied")
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if synced:
+            time.sleep(0.01)  # for the thread that syncs
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(writing, "fsync", fsync)
+    monkeypatch.setattr(writing, "pwrite", pwrite)
+    with pytest.raises(restow.errors.DestinationError) as caught:
+        restow.convert(source, tmp_path / "a", to="split", max_shard_bytes=100, threads=1)
+    name = Path(caught.value.path or "").name
+    size = caught.value.expected.partition(" (")[2]
+    assert str(caught.value) == (
+        f"expected to sync {name} ({size}, found EIO\n"
+        f"  in        {tmp_path}/.a.partial/{name}\n"
+        "  try       look at the disk: the system's log says more"
+    )
+    monkeypatch.undo()
+    files = restow.convert(source, tmp_path / "a", to="split", max_shard_bytes=100, threads=1).files
+    assert len(synced) < files // 2
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "a"}
 
 
 def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,83 @@ def test_other_index_names(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", [".step_20.partial", "step_20.partial", "link", "journal"])
+def test_a_folder_in_the_making_is_no_checkpoint(name: str, tmp_path: Path) -> None:  # X04
+    """A killed save's files have their size and their headers, and zeros where the rest would have come."""
+    folder = tmp_path / (".step_20.partial" if name == "link" else name)
+    write(folder, good())
+    why = "its name ends in .partial"
+    hint = "run what wrote it again; if you know that it is whole, give it another name"
+    if name == "link":
+        (tmp_path / name).symlink_to(folder)
+    if name == "journal":
+        (folder / "checkpoint.journal").write_text('{"work": "1"}\n')
+        why = "checkpoint.journal lies in it"
+        hint += " and remove that file"
+    for path in (tmp_path / name, tmp_path / name / S1):
+        with pytest.raises(errors.CoverageError) as caught:
+            open_folder(path)
+        assert str(caught.value) == (
+            f"expected a finished checkpoint, found one in the making: {why}\n"
+            f"  in        {tmp_path / name}\n  try       {hint}"
+        )
+
+
+def test_a_folder_that_is_replaced_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # X02
+    """Once: all of it is the new one's. Again and again: told."""
+    from restow import folder as module
+
+    write(tmp_path / "a", good())
+    write(tmp_path / "b", good())
+    edit(tmp_path / "b", lambda header: header.update(__metadata__={"which": "b"}))
+    turns = [0, 1]
+
+    def meddling(source: object, limits: object) -> object:
+        header = module_read(source, limits)  # type: ignore[arg-type]
+        if header.file == S2 and turns[0] < turns[1]:
+            turns[0] += 1
+            (tmp_path / "a").rename(tmp_path / "c")
+            (tmp_path / "b").rename(tmp_path / "a")
+            (tmp_path / "c").rename(tmp_path / "b")
+        return header
+
+    module_read = module.read_header
+    monkeypatch.setattr(module, "read_header", meddling)
+    assert open_folder(tmp_path / "a").metadata[S2]["which"] == "b"
+    turns[:] = [0, 2]
+    with pytest.raises(errors.IntegrityError) as caught:
+        open_folder(tmp_path / "a")
+    assert str(caught.value) == (
+        "expected a folder that keeps its name while its headers are read, found another one there, twice\n"
+        f"  in        {tmp_path / 'a'}\n"
+        "  try       run again once nobody replaces the checkpoint"
+    )
+
+
+def test_what_was_wrong_with_a_folder_that_is_gone_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # X02
+    from restow import folder as module
+
+    write(tmp_path / "a", good())
+    write(tmp_path / "b", good())
+    (tmp_path / "a" / S2).unlink()
+
+    def meddling(path: str, limits: object) -> object:
+        try:
+            return real(path, limits)  # type: ignore[arg-type]
+        finally:
+            if (tmp_path / "b").exists():
+                (tmp_path / "a").rename(tmp_path / "c")
+                (tmp_path / "b").rename(tmp_path / "a")
+
+    real = module.select
+    monkeypatch.setattr(module, "select", meddling)
+    assert [header.file for header in open_folder(tmp_path / "a").headers] == [S1, S2, S3]
+
+
 def test_adapters(tmp_path: Path) -> None:
     pair = {"base_model.model.x.lora_A.weight": fill("F32", (2, 4), 1)}
     (tmp_path / "adapter_model.safetensors").write_bytes(blob(*table(pair)))

@@ -596,6 +596,26 @@ def test_a_source_that_was_replaced_after_it_was_opened(tmp_path: Path) -> None:
     )
 
 
+def test_a_source_that_is_cut_behind_what_was_read(tmp_path: Path) -> None:  # X06
+    """No read meets the end: the check after the last one does."""
+    model = SMALL.but(e=4, f=700, d=2000, layers=1)
+    source = model.written(tmp_path)
+    file = tmp_path / "model-00001-of-00002.safetensors"
+    size = file.stat().st_size
+    into = painted(model.spelled("grouped"))
+
+    def cut(done: int, total: int) -> None:
+        if done == total:
+            os.truncate(file, size - 5)
+
+    with pytest.raises(TruncatedFileError) as caught:
+        restow.load(source, into, threads=1, progress=cut)
+    assert str(caught.value) == (
+        f"expected {size} bytes, as when its header was read, found {size - 5}\n"
+        f"  in        {file}\n  try       fetch the file again"
+    )
+
+
 def test_a_source_that_changes_while_it_is_read(tmp_path: Path) -> None:
     model = SMALL.but(e=4, f=700, d=2000, layers=1)  # long enough to be told of before it is done
     source = model.written(tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +215,52 @@ def test_a_config_beside_the_config_that_is_none(text: bytes, tmp_path: Path) ->
         f"  in        {source}/automodel_peft_config.json\n"
         "  try       get the config that belongs to this adapter"
     )
+
+
+A, B = (f"{PREFIX}{LINEAR}.lora_{x}.weight" for x in "AB")
+WRONG: dict[str, tuple[Callable[[State], object], dict[str, Any] | None]] = {
+    "L01": (lambda s: s.pop(B), {}),
+    "L02": (lambda s: None, {"r": 4}),
+    "L03": (lambda s: s.update(pair("model.layers.9.self_attn.q_proj", 32, 64)), {}),
+    "L04": (lambda s: s.update(pair("model.layers.1.mlp.experts.12.gate_proj", 32, 24)), {}),
+    "L05": (lambda s: None, None),
+    "L06": (lambda s: s.update({A: s[B], B: s[A]}), {}),
+    "L07": (lambda s: None, {"lora_alpha": "16"}),
+    "L08": (lambda s: None, {"r": 0}),
+    "L09": (lambda s: None, {"rank_pattern": {"(a|a)*$(.*.*)*x": 4}}),
+    "L10": (lambda s: s.update(pair(EXPERT, 48, 24)), {}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_adapters_are_judged_before_torch_is_imported(case: str, tmp_path: Path) -> None:
+    """By every verb that takes one, in the words of Python."""
+    change, config = WRONG[case]
+    state = good()
+    change(state)
+    source = adapters.write(tmp_path / "a", state, **{"r": 2, "lora_alpha": 4, **(config or {})})
+    if config is None:
+        (source / "adapter_config.json").unlink()
+    base, out = str(adapters.base("qwen3_moe")), str(tmp_path / "out")
+    with pytest.raises(RestowError) as caught:
+        restow.lora.convert(source, out, to="peft", base=base)
+    calls = [["lora", str(source), out, "--to", "peft", "--base", base], ["merge", base, str(source), out],
+             ["lora", str(source), "--check", "--base", base]]  # fmt: skip
+    code = f"""
+import sys
+from restow.cli import app
+for call in {calls!r}:
+    try:
+        app(call, prog_name="restow")
+    except SystemExit as end:
+        print(end.code, "torch" in sys.modules, "numpy" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "1 False False\n" * 3, done.stderr
+    assert done.stderr == f"restow.errors.AdapterError: {caught.value}\n" * 3
+    assert not (tmp_path / "out").exists()
 
 
 BASES = ["T01_part_of_expert", "T03_layer_experts_missing", "T05_number_gap", "T06_one_shape", "T22_head_missing",

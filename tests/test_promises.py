@@ -1,4 +1,4 @@
-"""docs/reliability.md names tests that exist, one a promise."""
+"""docs/reliability.md names tests that exist, one a promise; every staged situation has a test that says so."""
 
 from __future__ import annotations
 
@@ -41,3 +41,12 @@ def test_the_check_can_fail(test: str) -> None:
 
 def test_the_security_page_leads_here() -> None:
     assert "docs/reliability.md" in (ROOT / "SECURITY.md").read_text(encoding="ascii")
+
+
+def test_every_staged_situation_has_a_test() -> None:
+    """Destinations D01 to D20 and time X01 to X14, written behind the head of the test that builds them."""
+    heads = re.compile(r"-> None:  # ([DX]\d\d(?:, [DX]\d\d)*)$", re.MULTILINE)
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")]
+    there = {one for text in texts for found in heads.findall(text) for one in found.split(", ")}
+    wanted = {f"D{i:02}" for i in range(1, 21)} | {f"X{i:02}" for i in range(1, 15)}
+    assert sorted(wanted - there) == []

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import restow
 from faults import ERRORS, INTERRUPTS, KILLS, Child, End, Faults, Tree, fork, forked, outcome, tree
 from restow import locking, manifest, writing
 from restow.destination import locate, unfinished
@@ -27,6 +28,7 @@ from restow.errors import (
     DestinationExistsError,
     DurabilityUncertainError,
     IndexFileError,
+    MissingShardError,
     NoSpaceError,
     NotWritableError,
     SamePathError,
@@ -211,7 +213,7 @@ def test_killed_anywhere_leaves_old_or_new(fast: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_error_anywhere_is_typed_and_leaves_nothing_behind(fast: Path, mode: str) -> None:
+def test_an_error_anywhere_is_typed_and_leaves_nothing_behind(fast: Path, mode: str) -> None:  # D04, D19, D20
     bench = Bench(fast, mode)
     _, calls = bench.run()
     published = max(at for at, (name, _) in enumerate(calls, 1) if name in RENAMES)
@@ -366,7 +368,7 @@ def test_the_checker_catches_a_writer_that_is_not_atomic(fast: Path) -> None:
     assert seen == ["old", *["mixed"] * 10, "new", "new"]
 
 
-def test_two_writers_cannot_both_win(fast: Path) -> None:
+def test_two_writers_cannot_both_win(fast: Path) -> None:  # X01
     ready, go = os.pipe(), os.pipe()
 
     def work(fill: int) -> int:
@@ -473,8 +475,12 @@ def test_a_limit_on_the_size_of_files(fast: Path, default: bool) -> None:  # D03
         assert end.signal == signal.SIGXFSZ
     else:
         assert type(end.error) is NoSpaceError
-        assert "a.safetensors (5002 bytes), found EFBIG: a file may have 3000 bytes at most" in str(end.error)
-        assert str(end.error).endswith("\n  try       make room there, or name a folder on another disk")
+        assert str(end.error) == (
+            "expected to reserve a.safetensors (5002 bytes), "
+            "found EFBIG: a file may have 3000 bytes at most (RLIMIT_FSIZE)\n"
+            f"  in        {fast}/.x.partial/a.safetensors\n"
+            "  try       raise the limit (ulimit -f), or ask for smaller files"
+        )
         assert [path.name for path in fast.iterdir()] == ["x"]
 
 
@@ -712,6 +718,82 @@ def test_a_failed_sync_is_never_asked_again(fast: Path) -> None:  # D19
     _, after = bench.run(at, "EIO")
     assert after.count(("fsync", "a.safetensors")) == 1
     assert ("close", "a.safetensors") in after[at:]
+
+
+def test_what_is_kept_until_the_next_run_is_said(fast: Path) -> None:  # D19
+    """The parent's sync fails after the exchange: the new one is in place, and the old one stays beside it."""
+    bench = Bench(fast, "replace")
+    calls = bench.run()[1]
+    end, _ = bench.run(
+        calls.index(("sync_folder", "run"), calls.index(("exchange", ".x.partial"))) + 1, "EIO"
+    )
+    assert str(end.error) == (
+        "expected to sync run, found EIO\n"
+        f"  in        {fast}/run\n"
+        "  try       the new checkpoint is complete and in place, but a power cut may undo it; check the disk"
+    )
+    assert end.notes == ("the replaced checkpoint is kept as .x.partial until the next run",)
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_a_file_that_cannot_be_closed(fast: Path, what: str) -> None:  # D20
+    """NFS and quotas tell only then that bytes were lost: it counts as a write that failed."""
+    bench = Bench(fast, "new")
+    calls = bench.run()[1]
+    end, _ = bench.run(calls.index(("close", "a.safetensors")) + 1, what)
+    code = {"ENOSPC": "ENOSPC: no space left", "EDQUOT": "EDQUOT: the quota is used up", "EIO": "EIO"}[what]
+    first, *rest = str(end.error).splitlines()
+    assert first == f"expected to close a.safetensors (5002 bytes), found {code}"
+    assert f"  in        {bench.path.parent}/.x.partial/a.safetensors" in rest
+    hint = "look at the disk: the system's log says more" if what == "EIO" else writing.ROOM
+    assert rest[-1] == f"  try       {hint}"
+    assert type(end.error) is (DestinationError if what == "EIO" else NoSpaceError)
+    assert bench.check(what) == "old" and bench.left() == set()
+
+
+def test_a_lock_that_cannot_be_closed_is_told_and_no_error(
+    fast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # D20
+    """By then the checkpoint is published and on the disk."""
+    real = os.close
+
+    def close(fd: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+        real(fd)
+        if ".x.lock" in name:
+            raise OSError(errno.EIO, "denied")
+
+    monkeypatch.setattr(locking.os, "close", close)
+    assert publish(fast / "x", 1) == (
+        "while tidying up: expected to close .x.lock, found EIO\n"
+        f"  in        {fast}/.x.lock\n"
+        "  try       look at the disk: the system's log says more",
+    )
+    assert {path.name for path in fast.iterdir()} == {"x"}
+
+
+def test_what_was_set_aside_is_named_to_who_looks_for_it(fast: Path) -> None:  # D17
+    publish(fast / "x", 1)
+    (fast / "x").rename(fast / ".x.old")
+    with pytest.raises(MissingShardError) as caught:
+        restow.open(fast / "x")
+    assert str(caught.value) == (
+        "expected a folder or a safetensors file, found no file\n"
+        f"  in        {fast}/x\n"
+        "  try       an interrupted replacement set it aside as .x.old; the next run that writes there gives it back"
+    )
+
+
+def test_what_was_swept_is_said_with_an_error_too(fast: Path) -> None:  # D14, D17
+    publish(fast / "x", 1)
+    (fast / "x").rename(fast / ".x.old")
+    (fast / ".x.partial").mkdir()
+    with pytest.raises(DestinationExistsError) as caught:
+        publish(fast / "x", 2)
+    assert caught.value.__notes__ == [
+        "gave x back what an interrupted replacement had set aside",
+        "removed .x.partial, left by an earlier run (0 files)",
+    ]
 
 
 def test_file_systems_that_cannot_reserve(fast: Path) -> None:

@@ -69,7 +69,7 @@ def undisturbed(root: Path) -> Tree:
 
 
 @pytest.mark.parametrize("what", ["die before", "die after", "die half way"])
-def test_killed_anywhere_it_goes_on(what: str, fast: Path) -> None:
+def test_killed_anywhere_it_goes_on(what: str, fast: Path) -> None:  # X03
     MODEL.written(fast / "in", "split")
     wanted = undisturbed(fast)
     calls, _, _ = run(fast)

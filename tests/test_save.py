@@ -533,6 +533,42 @@ def test_the_state_may_change_once_save_has_returned(tmp_path: Path) -> None:
     assert not any(t.any() for t in tensors(tmp_path / "zero").values())
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_state_that_is_written_to_meanwhile_is_not_saved(
+    wait: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # X13
+    """Another thread trains: what would be saved is of two steps."""
+    from restow.torch import save as module
+
+    model = Model()
+    state = model.spelled("grouped")
+    real = module._copied
+
+    def step(*_: object) -> None:
+        with torch.no_grad():
+            state["model.norm.weight"].add_(1)
+
+    def copied(*words: Any) -> Any:
+        step()
+        return real(*words)
+
+    monkeypatch.setattr(module, "_copied", copied)
+    words: dict[str, Any] = {"layout": "split", "family": model.family, "config": model.config, "wait": wait}
+    with pytest.raises(errors.IntegrityError) as caught:
+        restow.save(state, tmp_path / "a", progress=step if wait else None, **words)
+    assert str(caught.value) == (
+        "expected a state that nobody writes to while it is saved, found 1 tensor written to meanwhile\n"
+        "  tensors   model.norm.weight\n"
+        "  try       save between two steps; with wait=False the next one may begin once save has returned"
+    )
+    assert list(tmp_path.iterdir()) == []
+    with torch.inference_mode():
+        uncounted = {name: tensor.clone() for name, tensor in state.items()}
+    monkeypatch.undo()
+    done = restow.save(uncounted, tmp_path / "b", **words)
+    assert (done if isinstance(done, SaveReport) else done.result()).files == 1
+
+
 def test_buffers_in_use_are_not_taken(tmp_path: Path, held_up: Callable[[], None]) -> None:
     state = Model().spelled("grouped")
     handle = restow.save(state, tmp_path / "out", family="qwen3_moe", wait=False)

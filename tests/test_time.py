@@ -194,6 +194,27 @@ def test_a_signal_cleans_up_and_is_the_exit_code(number: int, code: int, tmp_pat
     assert "Traceback" not in out
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_while_torch_is_imported_is_not_lost(number: int, code: int, tmp_path: Path) -> None:
+    """What is raised while torch imports numpy never comes out of that import: signals wait for its end."""
+    MODEL.written(tmp_path / "in", "split")
+    begin = f"""
+import os, sys
+class Finder:
+    def find_spec(self, name, *more):
+        if name == "numpy.linalg":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Finder())
+"""
+    arguments = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "grouped"]
+    done = subprocess.run(
+        [sys.executable, "-c", begin + CODE.format(arguments)], capture_output=True, text=True, timeout=600, check=False
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
 def test_a_stopped_process_goes_on(tmp_path: Path) -> None:  # X10
     """Stopped for a while, and with a lock file whose age would look like years: nothing goes by the clock."""
     MODEL.written(tmp_path / "in", "split")

@@ -2,7 +2,7 @@
 
 Options (those that verbs share are in `options`) are judged here and nothing else is: a verb calls the library and
 renders what it gave. Exit codes are those of `terminal`. Imports stand inside the verbs, so that `inspect` needs
-neither torch nor numpy.
+neither torch nor numpy; signals wait for those of torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from restow.options import (
     experts_option,
     layout_option,
 )
-from restow.terminal import Answer, Signalled, code_of, run, signals
+from restow.terminal import Answer, Signalled, code_of, held, run, signals
 
 app = typer.Typer(
     add_completion=False,
@@ -148,7 +148,8 @@ def convert(
     if quantize is not None:
         encoding_of(quantize)
     refuse(opened, strict)  # and so does a bad input
-    from restow.torch.convert import convert as do
+    with held():
+        from restow.torch.convert import convert as do
 
     report = do(
         opened, target, to=wanted, experts=experts_option(keep_experts), dtype=dtype_option(dtype), quantize=quantize,
@@ -186,7 +187,8 @@ def verify(
     for side in sides if b is not None else ():
         if errors := [problem.error for problem in side.problems] if strict else undecodable(side):
             raise merged(errors)
-    from restow.torch.verify import verify as do
+    with held():
+        from restow.torch.verify import verify as do
 
     return verified(do(*sides, experts_only=experts_only, sample=sample, threads=threads, strict=strict))
 
@@ -216,6 +218,8 @@ def lora(
 ) -> Answer:
     """Write an adapter in another format; with --check see in PEFT whether it does what was trained."""
     from restow.adapter_formats import judge_name
+    from restow.adapter_open import judge_adapter
+    from restow.adapter_orient import Options
     from restow.answers import adapted, checked
 
     if to is not None:
@@ -225,23 +229,27 @@ def lora(
     if (target is None or to is None) and not (check and target is None and to is None):
         given = "--to alone" if to is not None else "DST alone" if target is not None else "neither"
         raise UsageError("DST and --to FORMAT, or --check with --base", given)
+    known = judge_adapter(
+        source, base, family, Options(faces, outer, expert_major)
+    )  # and so does a bad input
     done = None
     if target is not None and to is not None:
-        from restow.torch.adapter_convert import convert as do
+        with held():
+            from restow.torch.adapter_convert import convert as do
 
-        done = adapted(do(source, target, to=to, base=base, family=family, faces=faces, outer=outer,
+        done = adapted(do(source, target, to=to, base=known, family=family, faces=faces, outer=outer,
                           expert_major=expert_major, replace=replace))  # fmt: skip
         if not check:
             return done
-    from restow.torch.adapter_check import check as run_check
+    with held():
+        from restow.torch.adapter_check import check as run_check
 
-    assert base is not None
     if done is None:
         return checked(
-            run_check(source, base, family=family, faces=faces, outer=outer, expert_major=expert_major)
+            run_check(source, known, family=family, faces=faces, outer=outer, expert_major=expert_major)
         )
     assert target is not None
-    said = checked(run_check(target, base, family=family))
+    said = checked(run_check(target, known, family=family))
     return Answer({**done.data, "check": said.data}, [*done.lines, *said.lines], said.code)
 
 
@@ -260,13 +268,17 @@ def merge(
     debug: DebugOption = False,
 ) -> Answer:
     """Write a base plus an adapter's deltas, in the base's own layout, files and precision."""
+    from restow.adapter_open import judge_adapter
+    from restow.adapter_orient import Options
     from restow.answers import adapted
     from restow.opening import open_checkpoint
     from restow.prepare import refuse
 
     opened = open_checkpoint(base, family=family)
     refuse(opened, strict)  # before torch is imported
-    from restow.torch.adapter_merge import merge as do
+    judge_adapter(adapter, opened, family, Options(faces, outer, expert_major))
+    with held():
+        from restow.torch.adapter_merge import merge as do
 
     return adapted(
         do(
@@ -318,7 +330,8 @@ def demo(
     debug: DebugOption = False,
 ) -> Answer:
     """Make a small checkpoint, load it whole and on two ranks, check every value, and show one refusal."""
-    from restow.torch.demo import demonstrate
+    with held():
+        from restow.torch.demo import demonstrate
 
     return demonstrate(keep)
 

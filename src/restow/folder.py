@@ -2,7 +2,7 @@
 
 `open_folder` reads everything in one pass and tells everything that it found: fatal findings in one error,
 the others in `problems`. It rejects what `selection`, `index`, `header` and `shards` reject, and a tensor
-that lies in two files.
+that lies in two files, and a folder that is replaced again and again while it is read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from restow.configfile import read_config
-from restow.errors import AmbiguousTensorError, CoverageError, RestowError
+from restow.errors import AmbiguousTensorError, CoverageError, IntegrityError, RestowError
 from restow.faults import listed
 from restow.files import open_source
 from restow.header import Header, read_header
@@ -66,8 +66,36 @@ def open_folder(
     """Read the headers of the checkpoint at `path` and check that they are one checkpoint.
 
     `shapes` gives whole shapes of sharded tensors where they are known: files written rank by rank do not say
-    that the last rank is missing.
+    that the last rank is missing. Where another folder takes the name meanwhile, it starts over, once.
     """
+    for _ in range(2):
+        before = _identity(path)
+        try:
+            found = _read(path, shapes, limits)
+        except RestowError:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return found
+    raise IntegrityError(
+        "a folder that keeps its name while its headers are read",
+        "another one there, twice",
+        path=path,
+        hint="run again once nobody replaces the checkpoint",
+    )
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    try:
+        status = Path(path).stat()
+    except (OSError, ValueError):  # whoever opens it says what is wrong
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _read(path: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]], limits: Limits) -> Folder:
+    """One pass over index, headers and config."""
     chosen = select(os.fspath(path), limits)
     errors = list(chosen.errors)
     problems = list(chosen.problems)

@@ -66,7 +66,8 @@ def release(lock: Lock) -> None:
                 if lock.held:
                     writing.unlock(lock.fd)
         finally:
-            os.close(lock.fd)
+            with writing.failures("close", lock.path):
+                os.close(lock.fd)
 
 
 def _try(fd: int, path: Path) -> bool:

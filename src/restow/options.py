@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from restow.errors import UsageError
+from restow.terminal import held
 
 if TYPE_CHECKING:
     from restow.layout import Layout
@@ -78,6 +79,7 @@ def dtype_option(name: str | None) -> Any:
     words = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
     if name not in words:
         raise UsageError(f"a dtype, one of {', '.join(words)}", f"'{name}'")
-    import torch
+    with held():
+        import torch
 
     return getattr(torch, words[name])

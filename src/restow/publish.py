@@ -250,8 +250,9 @@ class Staging:
                 _try(lambda: locking.release(lock), failed)
         for failure in failed:
             self._tell(f"while tidying up: {failure}")
-            if error is not None:
-                error.add_note(f"while tidying up: {failure}")
+        if error is not None:
+            for note in self.notes:  # no report will say them
+                error.add_note(note)
 
 
 def _try(call: Callable[[], object], failed: list[RestowError]) -> None:

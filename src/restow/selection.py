@@ -1,20 +1,24 @@
 """Which files of a folder are the checkpoint, and which only lie beside it.
 
 An index says it, else model.safetensors is all, else every *.safetensors file together. Rejects folders that
-hold two checkpoints, shards that are named or numbered and not there, and folders that hold only pickles.
+hold two checkpoints, shards that are named or numbered and not there, folders that hold only pickles, and folders
+that are not finished.
 Nothing is opened here but the index.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from restow import files
+from restow.destination import PARTIAL
 from restow.errors import (
     AmbiguousSourceError,
+    CoverageError,
     IndexMismatchError,
     MissingShardError,
     RestowError,
@@ -23,6 +27,7 @@ from restow.errors import (
     show,
 )
 from restow.index import SUFFIX, Index, read_index
+from restow.journal import JOURNAL
 from restow.limits import LIMITS, Limits
 from restow.problems import Problem
 
@@ -36,6 +41,8 @@ _CONVERT = (
     "safetensors.torch.save_file; restow never unpickles weights"
 )
 _ABSENT = "check the path; restow fetches nothing: for a repository of the hub, hf download does, and prints the path"
+
+_ASIDE = "an interrupted replacement set it aside as {}; the next run that writes there gives it back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,7 @@ def select(path: str, limits: Limits = LIMITS) -> Selection:
     """Find the checkpoint at `path`: a folder or one file."""
     if not files.is_folder(path):
         return _one_file(path)
+    judge_finished(path)
     names = files.names(path)
     found = [name for name in names if name.endswith(SUFFIX)]
     indexes = [name for name in names if name.endswith(_INDEX)]
@@ -76,10 +84,26 @@ def _one_file(path: str) -> Selection:
         files.open_source(path, what="a folder or a safetensors file").close()
     except MissingShardError as error:
         if error.found == files.ABSENT:  # the caller's own word, not that of an index
-            error.hint = _ABSENT
+            aside = Path(path).parent / f".{Path(path).name}.old"
+            error.hint = _ASIDE.format(show(aside.name)) if aside.is_dir() else _ABSENT
         raise
     whole = Path(path)
+    judge_finished(str(whole.parent))
     return Selection(str(whole.parent), (whole.name,))
+
+
+def judge_finished(folder: str) -> None:
+    """Raise for a folder that a writer was killed in, or works in: its files have their size, and not their bytes."""
+    where = Path(folder)
+    if (where / JOURNAL).is_file():
+        found = f"one in the making: {JOURNAL} lies in it"
+    elif os.path.realpath(folder).endswith(PARTIAL):
+        found = f"one in the making: its name ends in {PARTIAL}"
+    else:
+        return
+    hint = "run what wrote it again; if you know that it is whole, "
+    hint += f"give it another name{' and remove that file' if JOURNAL in found else ''}"
+    raise CoverageError("a finished checkpoint", found, path=folder, hint=hint)
 
 
 def _indexed(root: str, found: list[str], indexes: list[str], limits: Limits) -> Selection:

@@ -42,8 +42,11 @@ class Answer:
     code: int = DONE
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Signalled(BaseException):
-    """SIGTERM or SIGHUP, as an exception: so that what was begun is cleaned up on the way out."""
+    """SIGINT, SIGTERM or SIGHUP, as an exception: so that what was begun is cleaned up on the way out."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -52,18 +55,28 @@ class Signalled(BaseException):
 
 @contextmanager
 def signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Signalled`; one that was ignored (nohup) stays so."""
+    """Inside, each of `STOPS` raises `Signalled`; one that was ignored (nohup) stays so."""
 
     def raise_it(number: int, frame: object) -> None:
         raise Signalled(number)
 
-    caught = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    caught = [s for s in STOPS if signal.getsignal(s) != signal.SIG_IGN]
     before = {number: signal.signal(number, raise_it) for number in caught}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Inside, `STOPS` wait. For imports of torch: while it imports numpy it drops whatever is raised, and goes on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run(verb: Callable[[], Answer], *, as_json: bool = False, debug: bool = False) -> int:
@@ -89,12 +102,19 @@ def run(verb: Callable[[], Answer], *, as_json: bool = False, debug: bool = Fals
     return answer.code
 
 
+_NO_MEMORY = (
+    "allocate memory",
+    "can't start new thread",
+    "failed to map segment",
+)  # torch's, Python's, the loader's
+
+
 def _out_of_memory(verb: Callable[[], Answer]) -> Answer:
-    """What `verb` answers; torch's failure to get memory, a RuntimeError by its text alone, as what it is."""
+    """What `verb` answers; failures to get memory that only their text tells from others, as what they are."""
     try:
         return verb()
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
+    except (RuntimeError, ImportError) as error:
+        if not any(text in str(error) for text in _NO_MEMORY):
             raise
         raise MemoryError(str(error).strip().splitlines()[0]) from error
 
@@ -121,18 +141,24 @@ def code_of(error: BaseException) -> int:
 
 
 def failure_text(error: BaseException) -> str:
-    """`restow.errors.Class: text`, as Python itself would end a traceback, in ASCII."""
+    """`restow.errors.Class: text` and its notes, as Python itself would end a traceback, in ASCII."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    text = str(error).encode("ascii", "backslashreplace").decode()
-    return f"{name}: {text}" if text else name
+    text = f"{name}: {error}" if str(error) else name
+    return "\n".join([text, *notes_of(error)]).encode("ascii", "backslashreplace").decode()
+
+
+def notes_of(error: BaseException) -> tuple[str, ...]:
+    """What was noted with an error on its way: what was swept, kept, or could not be tidied up."""
+    return tuple(getattr(error, "__notes__", ()))
 
 
 def failure(error: BaseException) -> dict[str, Any]:
     """A failure as plain values."""
     known = {n: getattr(error, n, None) for n in ("expected", "found", "tensor", "path", "hint", "rank")}
     kind = failure_text(error).partition(":")[0]
-    return {"class": kind, "text": str(error), **{n: v for n, v in known.items() if v not in (None, "")}}
+    facts = {"class": kind, "text": str(error), **{n: v for n, v in known.items() if v not in (None, "")}}
+    return {**facts, "notes": list(notes)} if (notes := notes_of(error)) else facts
 
 
 def show_json(data: Mapping[str, Any]) -> None:

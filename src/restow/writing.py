@@ -33,6 +33,11 @@ CALLS = (
     "mkdir", "rename", "rename_new", "exchange", "unlink", "rmdir",
 )  # fmt: skip
 ROOM = "make room there, or name a folder on another disk"
+LIMIT = "raise the limit (ulimit -f), or ask for smaller files"
+HINTS = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "look at the disk: the system's log says more",
+}
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
 
@@ -198,7 +203,8 @@ def refusal(
         return DurabilityUncertainError(expected, code, path=path, hint=hint)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found, where = _shortage(number, path.parent)
-        return NoSpaceError(expected, f"{code}: {found}", path=path, sections=where, hint=ROOM)
+        hint = LIMIT if number == errno.EFBIG else ROOM
+        return NoSpaceError(expected, f"{code}: {found}", path=path, sections=where, hint=hint)
     if number == errno.EROFS:
         found = f"{code}: {show(mount_of(_existing(path)))} is mounted read-only"
         return NotWritableError(expected, found, path=path.parent, hint="name a folder elsewhere")
@@ -210,8 +216,7 @@ def refusal(
     if number in (errno.EEXIST, errno.ENOTEMPTY):
         hint = "somebody else writes there: name another folder"
         return DestinationExistsError(expected, f"{code}: something is there", path=path, hint=hint)
-    hint = "raise the limit of open files (ulimit -n)" if number == errno.EMFILE else ""
-    return DestinationError(expected, code, path=path, hint=hint)
+    return DestinationError(expected, code, path=path, hint=HINTS.get(number, ""))
 
 
 def _existing(path: Path) -> Path:

@@ -62,7 +62,7 @@ class CheckReport:
 
 def check(
     adapter: str | os.PathLike[str],
-    base: BaseLike,
+    base: BaseLike | Base,
     *,
     family: str | Family | None = None,
     faces: Faces | None = None,

@@ -101,7 +101,7 @@ def convert(
     target: str | os.PathLike[str],
     *,
     to: str,
-    base: BaseLike | None = None,
+    base: BaseLike | Base | None = None,
     family: str | Family | None = None,
     faces: Faces | None = None,
     outer: str = "out",

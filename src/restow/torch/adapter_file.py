@@ -1,6 +1,6 @@
 """An adapter's folder: its config, the header of its tensors, and single tensors read when they are asked for.
 
-Rejects what `header` rejects, and folders without `adapter_config.json` or `adapter_model.safetensors`, by name.
+Rejects what `adapter_open` rejects.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Self
 
 import torch
 
-from restow.adapter_config import MODEL, AdapterConfig, read_adapter_config
+from restow.adapter_config import AdapterConfig
+from restow.adapter_open import open_adapter
 from restow.adapter_stamp import Stamp, read_stamp
-from restow.errors import AdapterError, IntegrityError, RestowError
+from restow.errors import IntegrityError
 from restow.files import SourceFile, open_source
 from restow.header import Header, read_header
 from restow.torch.dtypes import torch_dtype
@@ -27,19 +28,12 @@ class AdapterFile:
     """An open adapter: `with AdapterFile(folder) as file: file.get(name)`."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.root = os.fspath(folder)
-        self.config: AdapterConfig = read_adapter_config(self.root)
         self._stack = ExitStack()
-        try:
-            self._source = self._stack.enter_context(open_source(Path(self.root) / MODEL))
-        except RestowError as error:
-            hint = "an adapter in another format (adapter_model.bin) is saved again with safetensors"
-            raise AdapterError(MODEL, error.found, path=Path(self.root) / MODEL, hint=hint) from None
-        try:
-            self.header: Header = read_header(self._source)
-        except BaseException:
-            self._stack.close()
-            raise
+        self._head = self._stack.enter_context(open_adapter(folder))
+        self.root = self._head.root
+        self.config: AdapterConfig = self._head.config
+        self.header: Header = self._head.header
+        self._source = self._head.source
         self._kept: dict[str, torch.Tensor] | None = None
         self._rows = {name: i for i, name in enumerate(self.header.names)}
 
@@ -53,7 +47,7 @@ class AdapterFile:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict(zip(self.header.names, self.header.shapes, strict=True))
+        return self._head.shapes
 
     @property
     def dtypes(self) -> dict[str, str]:

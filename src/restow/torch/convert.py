@@ -379,6 +379,8 @@ def _write(
         def account(file: str, written: int) -> None:
             left[file] -= written
             if left[file] == 0:
+                while sealed and sealed[0].done():  # a disk that fails is told of now, not at the end
+                    sealed.pop(0).result()
                 sealed.append(syncing.submit(staging.finished, file, note_of(by_name[file], digests)))
 
         def hand_on(filled: Sequence[Filled]) -> None:

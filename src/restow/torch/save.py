@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -31,6 +32,7 @@ from restow.torch.holdings import holding_of
 from restow.torch.outline import Outline, config_bytes, like_outline, new_outline
 from restow.torch.peers import Peers
 from restow.torch.read import Progress
+from restow.torch.still import check_still, versions
 from restow.torch.storage import Into, Slot, memory_of, slot_of, tensors_of
 from restow.torch.together import Job, Saved, Union, save_together
 
@@ -130,6 +132,7 @@ def save(
     type if None (0: none). `group` is that of all ranks that hold the model: the default one where DTensors are, else
     this process alone.
 
+    Raises `IntegrityError` if the state was written to meanwhile, as far as torch counts that.
     Raises on every rank if any rank fails (`PeerFailedError`, `PeerTimeoutError` there); the old checkpoint is then as
     it was.
     """
@@ -149,6 +152,8 @@ def save(
         known = family_of(family)
         buffers: Mapping[str, torch.Tensor] = {}
         slots = _slots(state)
+        held = {name: slot.local for name, slot in slots.items()}
+        before = versions(held)
         holding = holding_of(slots, shard, {
             "path": os.path.abspath(path),  # noqa: PTH100 - a text to compare, nothing to look up
             "like": os.fspath(like) if like is not None else "", "layout": str(layout or ""),
@@ -158,6 +163,8 @@ def save(
         })  # fmt: skip
         if not wait:
             buffers = _copied(slots, reuse)
+            check_still(held, before)
+            held = {}
             slots = {name: slot._replace(local=buffers[name]) for name, slot in slots.items()}
         text = config_bytes(getattr(state, "config", None) if config is None and like is None else config)
 
@@ -173,7 +180,8 @@ def save(
         bar = (
             _bar() if progress is True and peers.rank == 0 else None if progress is True else progress or None
         )
-        job = Job(slots, path, lay_out, rename, shard, replace, page_bytes, threads, bar)
+        still = partial(check_still, held, before if held else {})
+        job = Job(slots, path, lay_out, rename, shard, replace, page_bytes, threads, bar, still)
         if wait:
             return _report(save_together(job, holding, peers), path, started)
         rest = stack.pop_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -29,22 +30,15 @@ class Files:
             if name not in self._open:
                 source = self._stack.enter_context(open_source(Path(self._root or "") / name))
                 stamp = self._stamps.get(name, source.stamp)
-                if stamp[2] > source.size:
-                    raise TruncatedFileError(
-                        f"{stamp[2]} bytes, as when its header was read",
-                        f"{source.size}",
-                        path=source.path,
-                        hint="fetch the file again",
-                    )
                 if stamp != source.stamp:
-                    raise _changed(source)
+                    raise _changed(source, stamp[2], source.size)
                 self._open[name] = source
             return self._open[name]
 
     def check(self) -> None:
         for source in self._open.values():
             if source.changed():
-                raise _changed(source)
+                raise _changed(source, source.size, os.fstat(source.fd).st_size)
 
 
 def is_cold(parts: Sequence[Part], root: str) -> bool:
@@ -59,7 +53,14 @@ def is_cold(parts: Sequence[Part], root: str) -> bool:
     return 2 * there < total
 
 
-def _changed(source: SourceFile) -> IntegrityError:
+def _changed(source: SourceFile, before: int, now: int) -> RestowError:
+    if now < before:
+        return TruncatedFileError(
+            f"{before} bytes, as when its header was read",
+            f"{now}",
+            path=source.path,
+            hint="fetch the file again",
+        )
     return IntegrityError(
         "a source that stays as it was when its header was read",
         "another file, size or time of change",

@@ -62,7 +62,9 @@ class Union:
 
 @dataclass(frozen=True)
 class Job:
-    """A save as one rank sees it. `lay_out` makes the files from what all hold; the rest is the caller's words."""
+    """A save as one rank sees it. `lay_out` makes the files from what all hold; `still` raises if the state was written
+    to since; the rest is the caller's words.
+    """
 
     slots: Mapping[str, Slot]
     path: str | os.PathLike[str]
@@ -73,6 +75,7 @@ class Job:
     page: int | None
     threads: int | None
     progress: Progress | None
+    still: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,7 @@ def _fill(
             paged.write(file.name, 0, memoryview(file.head))
         tensors = {name: slot.local for name, slot in job.slots.items()}
         written = write_plan(plan, tensors, paged.write, threads=job.threads, done=_watched(job, plan, peers))
+        job.still()
         if page:
             paged.collect(peers.pool("edges", paged.spilled(), all_spills))
     return written
