@@ -30,6 +30,7 @@ from restow.planning import make_plan
 from restow.ranks import goes_straight, rank_figures, rank_targets
 from restow.terminal import Answer, Line
 from restow.torch import read
+from restow.torch.onerun import OneRun
 from restow.torch.storage import runs_at
 from restow.wanted import default_targets
 from restow.wording import amount, runs_of
@@ -498,6 +499,14 @@ class Spied:
             return done
 
         monkeypatch.setattr(read._Worker, "_whole_rows", whole_rows)
+        places = OneRun.places
+
+        def straight(run: OneRun, *job: Any) -> tuple[int, memoryview]:
+            found = places(run, *job)
+            self.ways.add(("_straight", found[0]))
+            return found
+
+        monkeypatch.setattr(OneRun, "places", straight)
 
     def spy(self, way: str, method: Any) -> Any:
         def called(worker: Any, source: Any, *rest: Any) -> Any:

@@ -95,7 +95,7 @@ def slot_of(name: str, tensor: torch.Tensor, *, meta: bool = False) -> Slot:
     """One tensor as a slot. Raises `UsageError`, `ShapeMismatchError` for what cannot be written in place."""
     if isinstance(tensor, DTensor):
         local = tensor.to_local().detach()
-        runs = placed_runs(name, tensor)
+        runs = placed_runs(name, tensor, tuple(local.shape))
     else:
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
             raise UsageError(
@@ -129,8 +129,9 @@ def slot_of(name: str, tensor: torch.Tensor, *, meta: bool = False) -> Slot:
     return Slot(target, local, not isinstance(tensor, DTensor))
 
 
-def placed_runs(name: str, tensor: DTensor) -> Runs:
-    """The index runs per dim that this rank holds, by the placements' own splitting of the dim's indices.
+def placed_runs(name: str, tensor: DTensor, local: tuple[int, ...]) -> Runs:
+    """The index runs per dim that this rank holds, by the placements' own splitting of the dim's indices;
+    `local` is the shape of what it holds.
 
     Where sizes are uneven, what `fully_shard` holds of a tensor that was sharded before is not always what
     the same placements give when DTensor applies them: the local tensor's shape says which of them made it.
@@ -142,7 +143,7 @@ def placed_runs(name: str, tensor: DTensor) -> Runs:
         return tuple(() for _ in shape)
     where = (tuple(mesh.shape), tuple(coordinate), shape)
     runs = runs_at(name, tensor.placements, *where)
-    if held(runs) != tuple(tensor.to_local().shape):
+    if held(runs) != local:
         return runs_at(name, tensor.placements, *where, as_listed=True)
     return runs
 
