@@ -9,6 +9,7 @@ compared whole with what `safetensors` itself reads after the last. Ways that br
 from an allocator that keeps it, so that they do not pay for first touches either: kinder to them than life is. "as it
 comes" is the peer with the allocator that everybody has; the bar is against that, the other ratio is printed beside.
 
+    preadv                      bare preadv of the files, 16 MiB at a time, into touched memory: what the system gives
     restow grouped              restow.load into [E, d, 2f] and [E, f, d]: every matrix is transposed on the way
     restow fused                restow.load into [E, 2f, d] and [E, d, f]: the order of the files
     restow grouped, file order  restow.load into the grouped shapes over memory in the order of the files
@@ -17,6 +18,9 @@ comes" is the peer with the allocator that everybody has; the bar is against tha
     dcp                         torch's HuggingFaceStorageReader into views of the grouped tensors, one per expert
     transformers                from_pretrained of a model of one layer: fused
     load_file                   safetensors.torch.load_file, which maps, and copies from it into the fused tensors
+
+"preadv" is no loader: it knows no names, and puts the experts' bytes down as they come. It says how far a load is from
+what its reads alone cost.
 
 Extra memory is the peak of a process's own memory (RssAnon) over what it had once its destination was touched, in a
 process per way. Exits 1 if a bar is missed or a peer cannot be measured. `--save` writes bench/results/load.md.
@@ -225,6 +229,7 @@ WAYS: Mapping[str, tuple[str, Way]] = {
     "load_file": ("fused", plain),
 }
 BARE = ("restow grouped", "nemo")
+LIMIT, PIECE = "preadv", 16 << 20
 OURS = [name for name in WAYS if name.startswith("restow")]
 FILE_ORDER = ("restow fused", "restow grouped, file order")
 
@@ -262,6 +267,34 @@ def memcpy(source: torch.Tensor, target: torch.Tensor, threads: int) -> float:
     return time.perf_counter() - start
 
 
+def preadv(case: Case, target: torch.Tensor, threads: int) -> float:
+    """Seconds that `threads` threads take to read all files in pieces, as they come, into `target` and nothing else."""
+    room, at, pieces = memoryview(target.numpy()), 0, []
+    with contextlib.ExitStack() as stack:
+        for path in shards(case)[:SHARDS]:
+            file = stack.enter_context(path.open("rb", buffering=0))
+            data = path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+            for begin in range(path.stat().st_size - data, path.stat().st_size, PIECE):
+                size = min(PIECE, path.stat().st_size - begin)
+                pieces.append((file.fileno(), room[at : at + size], begin))
+                at += size
+        assert at == len(room)
+        start = time.perf_counter()
+        left = iter(pieces)
+
+        def work() -> None:
+            for fd, piece, begin in left:  # one iterator for all: the interpreter hands out each piece once
+                if os.preadv(fd, [piece], begin) != len(piece):
+                    raise SystemExit("a file became shorter")
+
+        pool = [threading.Thread(target=work) for _ in range(threads)]
+        for thread in pool:
+            thread.start()
+        for thread in pool:
+            thread.join()
+        return time.perf_counter() - start
+
+
 def quiet() -> contextlib.AbstractContextManager[object]:
     return contextlib.redirect_stderr(io.StringIO())
 
@@ -274,9 +307,21 @@ def times(case: Case, rounds: int, names: Sequence[str]) -> Times:
     size = 3 * case.e * case.d * case.f * 2
     room, source = Room(2 * size, size), torch.ones(size, dtype=torch.uint8)
     found: Times = {}
+
+    def note(key: str, took: float, copied: float) -> None:
+        line = found.setdefault(key, {"seconds": [], "memcpy": []})
+        line["seconds"].append(took)
+        line["memcpy"].append(copied)
+
     for turn in range(-1, rounds):
         for threads in (1, 2):
-            for name in names:
+            if LIMIT in names:
+                copied = memcpy(source, room.spare[:size], threads)
+                took = preadv(case, room.bytes[:size], threads)
+                copied = (copied + memcpy(source, room.spare[:size], threads)) / 2
+                if turn >= 0:
+                    note(f"{LIMIT} {threads}", took, copied)
+            for name in [name for name in names if name != LIMIT]:
                 kind, way = WAYS[name]
                 pair = room.tensors(kind, case)
                 copied = memcpy(source, room.spare[:size], threads)
@@ -289,9 +334,7 @@ def times(case: Case, rounds: int, names: Sequence[str]) -> Times:
                 del got, pair
                 copied = (copied + memcpy(source, room.spare[:size], threads)) / 2
                 if turn >= 0:
-                    line = found.setdefault(f"{name} {threads}", {"seconds": [], "memcpy": []})
-                    line["seconds"].append(took)
-                    line["memcpy"].append(copied)
+                    note(f"{name} {threads}", took, copied)
     return found
 
 
@@ -338,14 +381,14 @@ def main(small: bool, save: bool, rounds: int) -> int:
         bare = cast(Times, child(__file__, "--mode", "bare", *case, rounds))
         extra = {name: float(str(child(__file__, "--mode", "memory", *case, name)["bytes"])) for name in WAYS}
     ratios, rows = {}, []
-    for name in WAYS:
+    for name in (LIMIT, *WAYS):
         line: list[object] = [name]
         for threads in (2, 1):
             found = taken[f"{name} {threads}"]
             pairs = list(zip(found["memcpy"], found["seconds"], strict=True))
             ratio = ratios[name, threads] = statistics.median(copied / took for copied, took in pairs)
             line += [f"{size / statistics.median(found['seconds']) / 1e9:.2f}", f"{ratio:.3f}"]
-        rows.append([*line, f"{extra[name] / MIB:,.0f}"])
+        rows.append([*line, f"{extra[name] / MIB:,.0f}" if name in extra else ""])
     as_it_comes = {}
     for name in BARE:
         line = [f"{name}, as it comes"]
@@ -373,6 +416,9 @@ def main(small: bool, save: bool, rounds: int) -> int:
     ]
     lines, good = verdicts(bars if small else [*speed, *bars])  # a small layer says nothing about speed
     what = f"# {machine()}\n\n{size / 1e9:.2f} GB: {case.e} experts, d = {case.d}, f = {case.f}, bfloat16, {rounds} rounds"
+    for name in FILE_ORDER:
+        limit, took = (statistics.median(taken[f"{one} 2"]["seconds"]) for one in (LIMIT, name))
+        lines.append(f"      {name}, of {LIMIT}: {limit / took:.3g}")
     lines.append(
         f"      restow grouped, times nemo with memory that is kept: {packed / ratios['nemo', 2]:.3g}"
     )
@@ -394,7 +440,7 @@ if __name__ == "__main__":
     if options.mode:
         path, e, d, f, last = options.rest
         here = Case(path, int(e), int(d), int(f))
-        ways = {"times": tuple(WAYS), "bare": BARE}.get(options.mode)
+        ways = {"times": (LIMIT, *WAYS), "bare": BARE}.get(options.mode)
         print(json.dumps(times(here, int(last), ways) if ways else memory(here, last)))
         sys.exit(0)
     assert os.name == "posix"

@@ -22,9 +22,10 @@ import restow
 from moe import AT, Model, Tensors, differing, painted, write
 from restow.errors import MissingTensorError, UnexpectedTensorError
 from restow.files import SourceFile, open_source
+from restow.plans import Plan
 from restow.reads import merged
 from restow.torch import read, rows
-from restow.torch.jobs import JOB, LEAST, Job, Queue
+from restow.torch.jobs import LEAST, PIECE, Job, Queue, Streams
 from restow.torch.sources import Files
 from restow.torch.transpose import entry_for
 
@@ -343,19 +344,19 @@ def test_from_a_disk_more_threads_read_longer_runs_through_descriptors_of_their_
     plan = restow.plan(source)
     into = {t.name: torch.full(t.local_shape, -1, dtype=torch.bfloat16) for t in plan.targets}
     made: list[tuple[Any, ...]] = []
-    before = Queue.__init__
+    before = read._takes
 
-    def noted(queue: Queue, *arguments: Any) -> None:
-        made.append(arguments[2:])
-        before(queue, *arguments)
+    def noted(plan: Plan, workers: int, cold: bool, large: bool) -> Any:
+        made.append((workers, cold))
+        return before(plan, workers, cold, large)
 
     files: list[object] = []
-    monkeypatch.setattr(Queue, "__init__", noted)
+    monkeypatch.setattr(read, "_takes", noted)
     monkeypatch.setattr(read, "default_threads", lambda: 3)
     monkeypatch.setattr(read, "Files", lambda *a: files.append(Files(*a)) or files[-1])
     monkeypatch.setattr(SourceFile, "at_hand", lambda file, offset: not cold)
     assert restow.load(source, into).bytes_read == plan.bytes
-    assert made == [(read.READERS, read.STREAM) if cold else (3, JOB)]
+    assert made == [(read.READERS, True) if cold else (3, False)]
     assert len(files) == (read.READERS if cold else 1)
     assert restow.load(source, into, threads=2).bytes_read == plan.bytes
     assert made[1][0] == 2, "who says how many threads gets as many"
@@ -407,6 +408,25 @@ def test_threads_take_less_towards_the_end() -> None:
     assert room[0] == 15 << 20  # five whole ones in 16 MiB
     assert all(size <= max(LEAST, 3 << 20, sum(room[i:]) // 4) for i, size in enumerate(room))
     assert len(taken[-1]) > 100, "what is small is taken together"
+
+
+def test_from_a_disk_each_thread_reads_a_run_of_its_own_and_helps_when_it_is_done() -> None:
+    sizes = [3 << 20] * 60 + [0, 20 << 20, 5] + [100] * 1000
+    streams = Streams([Job(i, (), 0, 1, n) for i, n in enumerate(sizes)], 4)
+    first = [streams.take(worker) for worker in range(4)]
+    begins = [sum(sizes[: jobs[0].number]) * 4 / sum(sizes) for jobs in first]
+    assert [round(begin) for begin in begins] == [0, 1, 2, 3], "a quarter apart"
+    assert all(sum(job.size for job in jobs) <= PIECE for jobs in first)
+    rest = list(iter(lambda: streams.take(2), []))
+    own = [jobs[0].number for jobs in rest if first[2][0].number < jobs[0].number < first[3][0].number]
+    assert own == sorted(own) and own == [jobs[0].number for jobs in rest][: len(own)], (
+        "its own first, in order"
+    )
+    assert sorted(job.number for jobs in [*first, *rest] for job in jobs) == list(range(len(sizes)))
+    assert [streams.take(worker) for worker in range(4)] == [[]] * 4
+    assert Streams([], 3).take(1) == []
+    few = Streams([Job(0, (), 0, 1, 5)], 3)
+    assert sorted(len(few.take(worker)) for worker in (1, 2, 0)) == [0, 0, 1]
 
 
 # Whole rows.
@@ -470,7 +490,7 @@ def test_rows_are_filled_in_blocks(parts: int, width: int, monkeypatch: pytest.M
     source = np.random.default_rng(5).integers(0, 99, (parts, 33, 134)).astype(f"u{width}")
     out = np.full((136, parts * 33), 255, f"u{width}")
     room = np.zeros(rows.block(parts * 33 * width), np.uint8)
-    at = [one.ctypes.data for one in source]
-    rows.fill_rows(entry, out[1:].ctypes.data, at, (33, 134), width, room.ctypes.data)
+    tile = source.ctypes.data
+    rows.fill_rows(entry, out[1:].ctypes.data, tile, (parts * 33, 134), width, room.ctypes.data)
     assert np.array_equal(out[1:-1], np.concatenate([one.T for one in source], axis=1))
     assert (out[[0, -1]] == 255).all(), "nothing around it"

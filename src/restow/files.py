@@ -115,6 +115,8 @@ class SourceFile:
             if not count:
                 self._cut(offset, wanted, done)
             done += count
+            if done == wanted:
+                break
             while first < len(views) and count >= len(views[first]):
                 count -= len(views[first])
                 first += 1

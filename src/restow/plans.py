@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 from restow.boxes import strides_of
@@ -83,16 +84,16 @@ class Plan:
         """Copies that share one read (an expert that is wanted twice), in order."""
         group: list[Copy] = []
         for copy in self.copies:
-            if group and not self._same_read(group[0], copy):
-                yield tuple(group)
-                group = []
+            if group:
+                first = group[0]
+                if copy.source != first.source or copy.at != first.at or not self._alike(first, copy):
+                    yield tuple(group)
+                    group = []
             group.append(copy)
         if group:
             yield tuple(group)
 
-    def _same_read(self, a: Copy, b: Copy) -> bool:
-        if a.source != b.source or a.at != b.at:
-            return False
+    def _alike(self, a: Copy, b: Copy) -> bool:
         p, q = self.patterns[a.pattern], self.patterns[b.pattern]
         return p.sizes == q.sizes and p.source == q.source
 
@@ -117,12 +118,9 @@ class Plan:
     @cached_property
     def written(self) -> int:
         """Bytes that this plan writes, in the destination's dtypes."""
-        from math import prod
-
-        return sum(
-            prod(self.patterns[copy.pattern].sizes) * DTYPE_BITS[self.targets[copy.target].dtype] // 8
-            for copy in self.copies
-        )
+        elements = [prod(pattern.sizes) for pattern in self.patterns]
+        bits = [DTYPE_BITS[target.dtype] for target in self.targets]
+        return sum(elements[copy.pattern] * bits[copy.target] // 8 for copy in self.copies)
 
     @cached_property
     def reads(self) -> tuple[Read, ...]:

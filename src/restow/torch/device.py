@@ -17,9 +17,10 @@ import torch
 from restow.plans import Plan
 from restow.torch.across import COLUMNS
 from restow.torch.coded_slots import decodable, is_coded
+from restow.torch.ledger import Ledger
 from restow.torch.packing import LARGE, SHARE, Piece
 from restow.torch.pump import Fill, Lane, pump
-from restow.torch.read import Booked, Progress, _compare, _Ledger
+from restow.torch.read import Booked, Progress
 from restow.torch.slotwork import TABLE, prepared, room_of
 from restow.torch.sources import Files
 from restow.torch.threads import local_ranks
@@ -62,10 +63,10 @@ def run_on_device(
         coded = any(is_coded(plan, copy) for copy in plan.copies)
         scratch = way.there.pop() if coded else None  # one slot less
         job = prepared(plan, tensors, way.there, share=way.trays[0].numel(), scratch=scratch)
-        ledger = _Ledger()
+        ledger = Ledger()
         ledger.book(*pump(job, way, filling(files), readers, progress))
         files.check()
-    return Booked(ledger.read, _compare(plan, ledger))
+    return Booked(ledger.read, ledger.compare(plan))
 
 
 def filling(files: Files) -> Fill:

@@ -1,4 +1,5 @@
-"""The jobs of a plan, and how threads take them: in the order of the files, neighbours together, fewer towards the end.
+"""The jobs of a plan, and how threads take them: in the order of the files, neighbours together, fewer towards the end;
+from a disk each along a run of its own.
 
 A job is one read, or a slice of one that is large. It rejects nothing: a plan was proved.
 """
@@ -6,9 +7,10 @@ A job is one read, or a slice of one that is large. It rejects nothing: a plan w
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import count
+from itertools import accumulate, count, pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -16,13 +18,15 @@ from restow.coding import jobs as coded_jobs
 from restow.moves import Pattern
 from restow.plans import Copy, Plan
 from restow.reads import spans
-from restow.torch.rows import side_by_side
+from restow.torch.rows import side_by_side, turned
 from restow.torch.strides import even
 from restow.torch.transpose import LINE
 
-JOB = (
-    16 << 20
-)  # bytes of one job, where the outermost axis lets it be cut, and of what a thread takes at once
+JOB = 16 << 20  # bytes of one job, where the outermost axis lets it be cut
+AT_ONCE = (
+    64 << 20
+)  # bytes of what a thread takes at once out of memory: each take costs the interpreter's start
+PIECE = 8 << 20  # bytes of what a thread takes at once from a disk
 LEAST = 1 << 20  # bytes of what a thread takes towards the end, where there are more
 
 
@@ -71,6 +75,45 @@ class Queue:
         return group
 
 
+class Streams:
+    """Jobs as one long run for each thread, since a disk is fastest where each reads on from where it was.
+
+    Who is done takes the second half of the longest run that is left, until the last jobs.
+    """
+
+    def __init__(self, jobs: Iterable[Job], workers: int, most: int = PIECE) -> None:
+        self._jobs = list(jobs)
+        self._places = list(accumulate((job.size for job in self._jobs), initial=0))  # bytes before each
+        ends = [bisect_left(self._places, self._places[-1] * i // workers) for i in range(workers + 1)]
+        self._runs = list(pairwise(ends))  # by thread, what is left of its run
+        self._most = most
+        self._lock = threading.Lock()
+
+    def take(self, worker: int) -> list[Job]:
+        """A thread's next jobs, at most `most` bytes or one that is larger; none when all are taken."""
+        with self._lock:
+            first, last = self._runs[worker]
+            if first == last:
+                first, last = self._half(worker)
+            begin, end = first, min(first + 1, last)
+            while end < last and self._places[end + 1] - self._places[begin] <= self._most:
+                end += 1
+            self._runs[worker] = (end, last)
+        return self._jobs[begin:end]
+
+    def _half(self, worker: int) -> tuple[int, int]:
+        """The second half of the longest run, its one job where it has no other; it is its thread's no more."""
+        places = self._places
+        left = [(places[last] - places[first], last - first) for first, last in self._runs]
+        longest = left.index(max(left))
+        first, last = self._runs[longest]
+        middle = min(
+            bisect_left(places, (places[first] + places[last]) // 2, first, last), max(first, last - 1)
+        )
+        self._runs[longest] = (first, middle)
+        return middle, last
+
+
 def volume(plan: Plan) -> int:
     """The bytes of all jobs."""
     volumes = [prod(pattern.sizes) for pattern in plan.patterns]
@@ -94,7 +137,14 @@ def jobs(plan: Plan) -> Iterator[Job]:
 def _neighbours(plan: Plan) -> Iterator[tuple[list[tuple[Copy, ...]], bool]]:
     """Batches in order, those that fill whole rows side by side together; and whether they do."""
     held: list[tuple[Copy, ...]] = []
+    alone: dict[int, bool] = {}  # by pattern: those that fill no rows with others
     for batch in plan.batches():
+        first = batch[0]
+        if first.pattern not in alone:
+            alone[first.pattern] = not turned(plan.patterns[first.pattern], len(first.start) - 1)
+        if alone[first.pattern] and not held:
+            yield [batch], False
+            continue
         held.append(batch)
         whole = side_by_side(plan, held)
         if whole is False and len(held) > 1:  # those before it stand alone; it may begin others

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -18,14 +18,16 @@ from typing import NamedTuple
 import torch
 
 from restow.coding import byte_box
-from restow.errors import CoverageError, UsageError, show
+from restow.errors import UsageError
 from restow.files import SourceFile
 from restow.plans import Copy, Part, Plan
 from restow.reads import Spans, merged, spans
 from restow.torch.decode import Decoder
 from restow.torch.decode import Landing as Decoded
 from restow.torch.dtypes import dtype_name, torch_dtype
-from restow.torch.jobs import JOB, Job, Queue, jobs, volume
+from restow.torch.jobs import AT_ONCE, JOB, PIECE, Job, Queue, Streams, jobs, volume
+from restow.torch.ledger import Ledger
+from restow.torch.onerun import OneRun, one_run
 from restow.torch.raw import raw
 from restow.torch.rows import block, fill_rows
 from restow.torch.sources import Files, is_cold
@@ -39,8 +41,7 @@ TILE = (
     4 << 20
 )  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
 WINDOW = 48 << 20  # bytes of all threads' tiles together where reads are to be large, or fill whole rows
-STREAM = 128 << 20  # bytes of what a thread takes from a disk at once: long runs are what it reads fastest
-READERS = 4  # threads that read from a disk, though there be fewer cores
+READERS = 6  # threads that read from a disk, though there be fewer cores
 DESCRIPTORS = 256  # that a call opens at most where it could do with fewer
 KEPT = 64  # storages whose bytes a thread keeps at hand
 
@@ -53,23 +54,6 @@ class Booked(NamedTuple):
 
     bytes_read: int
     bytes_written: int
-
-
-@dataclass
-class _Ledger:
-    """What happened in one call, under one lock."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    written: dict[int, int] = field(default_factory=dict)  # elements by target
-    read: int = 0
-    errors: list[tuple[int, BaseException]] = field(default_factory=list)
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def book(self, read: int, written: Mapping[int, int]) -> None:
-        with self.lock:
-            self.read += read
-            for target, count in written.items():
-                self.written[target] = self.written.get(target, 0) + count
 
 
 def run_plan(
@@ -94,12 +78,12 @@ def run_plan(
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError("threads as a whole number of at least 1", repr(threads))
-    ledger = _Ledger()
+    ledger = Ledger()
     cold = root is not None and is_cold(plan.parts, root)
     usual = default_threads()
-    wanted = threads or (max(usual, min(READERS, 2 * usual)) if cold else usual)
+    wanted = threads or (max(usual, min(READERS, 3 * usual)) if cold else usual)
     workers = min(wanted, max(1, len(plan.copies)))
-    queue = Queue(jobs(plan), volume(plan), workers, STREAM if cold else JOB)
+    takes = _takes(plan, workers, cold, large)
     tile = max(TILE, min(JOB, WINDOW // workers)) if large else TILE
     total = plan.bytes if progress is not None else 0
     before = torch.get_num_threads()
@@ -107,23 +91,10 @@ def run_plan(
         # From a disk every thread reads through descriptors of its own: the system looks ahead by descriptor.
         own = cold and workers * len({part.file for part in plan.parts}) <= DESCRIPTORS
         files = [Files(stack, root, stamps or {}) for _ in range(workers if own else 1)]
+        shared = (ledger, plan, tensors, memory or {}, tile, WINDOW // workers, watch)
         pool = [
-            threading.Thread(
-                target=_work,
-                args=(
-                    plan,
-                    tensors,
-                    memory or {},
-                    files[i % len(files)],
-                    queue,
-                    ledger,
-                    tile,
-                    WINDOW // workers,
-                    watch,
-                ),
-                daemon=True,
-            )
-            for i in range(workers)
+            threading.Thread(target=_work, args=(take, files[i % len(files)], *shared), daemon=True)
+            for i, take in enumerate(takes)
         ]
         try:
             for thread in pool:
@@ -147,34 +118,25 @@ def run_plan(
             opened.check()
     if progress is not None:
         progress(ledger.read, total)
-    written = _compare(plan, ledger)
-    return Booked(ledger.read, written)
+    return Booked(ledger.read, ledger.compare(plan))
 
 
-def _compare(plan: Plan, ledger: _Ledger) -> int:
-    planned: dict[int, int] = {}
-    for copy in plan.copies:
-        planned[copy.target] = planned.get(copy.target, 0) + prod(plan.patterns[copy.pattern].sizes)
-    wrong = [i for i in planned.keys() | ledger.written.keys() if planned.get(i) != ledger.written.get(i)]
-    if wrong:
-        names = [plan.targets[i].name for i in sorted(wrong)]
-        raise CoverageError(
-            f"{sum(planned.values())} elements written, as planned",
-            f"{sum(ledger.written.values())}",
-            tensor=names[0],
-            sections=[("tensors", map(show, names))],
-            hint="do not use these tensors; this is a defect of restow: please report it",
-        )
-    return plan.written
+def _takes(plan: Plan, workers: int, cold: bool, large: bool) -> list[Callable[[], list[Job]]]:
+    """How each thread comes by its next jobs."""
+    if cold:
+        streams = Streams(jobs(plan), workers, JOB if large else PIECE)
+        return [partial(streams.take, worker) for worker in range(workers)]
+    queue = Queue(jobs(plan), volume(plan), workers, JOB if large else AT_ONCE)
+    return [queue.take] * workers
 
 
 def _work(
+    take: Callable[[], list[Job]],
+    files: Files,
+    ledger: Ledger,
     plan: Plan,
     tensors: Mapping[str, torch.Tensor],
     memory: Mapping[str, torch.Tensor],
-    files: Files,
-    queue: Queue,
-    ledger: _Ledger,
     tile: int,
     window: int,
     watch: Watch | None,
@@ -182,7 +144,7 @@ def _work(
     torch.set_num_threads(1)  # this thread is one of ours: ATen must not start a second pool below it
     worker = _Worker(plan, tensors, memory, files, tile, window, watch)
     while not ledger.stop.is_set():
-        jobs = queue.take()
+        jobs = take()
         if not jobs:
             return
         try:
@@ -227,6 +189,7 @@ class _Worker:
         self._view = raw(self._scratch)
         self._bytes: dict[int, memoryview] = {}
         self._known: dict[tuple[int, int], tuple[_Landing, tuple[int, ...]]] = {}
+        self._runs: dict[tuple[int, int, int, str], OneRun | None] = {}
         self._decoder = Decoder(files.get)
         self._due: tuple[SourceFile, int, int, list[memoryview]] | None = (
             None  # a file's run, and where it goes
@@ -299,14 +262,18 @@ class _Worker:
         if self._cast.numel() < room:
             self._cast = torch.empty(room, dtype=torch.uint8)
         storage = landing.tensor.untyped_storage().data_ptr()
-        tiles = [buffer.data_ptr() + i * size for i in range(len(copies))]
         out, scratch = storage + landing.offset * dtype.itemsize, self._cast.data_ptr()
-        fill_rows(entry, out, tiles, (rows, cols), dtype.itemsize, scratch)
+        fill_rows(entry, out, buffer.data_ptr(), (width, cols), dtype.itemsize, scratch)
         return read
 
     def _run_alone(self, job: Job, written: dict[int, int]) -> int:
         plan, copy = self._plan, job.copies[0]
         part = plan.parts[copy.source]
+        run = self._one_run(job, copy, part) if self._watch is None else None
+        if run is not None:
+            begin, place = run.places(copy, part, job.first)
+            written[copy.target] = written.get(copy.target, 0) + run.elements
+            return self._read_soon(self._files.get(part.file), begin, run.size, [place])
         pattern = plan.patterns[copy.pattern]
         sizes = (job.steps, *pattern.sizes[1:]) if pattern.sizes else ()
         at = copy.at + (job.first * pattern.source[0] if pattern.sizes else 0)
@@ -323,6 +290,24 @@ class _Worker:
         for landing in landings:
             written[landing.target] = written.get(landing.target, 0) + prod(sizes)
         return read
+
+    def _one_run(self, job: Job, copy: Copy, part: Part) -> OneRun | None:
+        """What a job shares with others of its pattern where it is one run in its file and in its place."""
+        if len(job.copies) > 1 or part.coding >= 0 or not part.file:
+            return None
+        key = copy.target, copy.pattern, job.steps, part.dtype
+        if key not in self._runs:
+            if len(self._runs) == KEPT:
+                self._runs.clear()
+            here, pattern = self._landing(copy, 0), self._plan.patterns[copy.pattern]
+            known, dims = self._known[copy.target, copy.pattern]
+            size = torch_dtype(part.dtype).itemsize
+            self._runs[key] = (
+                one_run(pattern, job.steps, size, known.strides, self._storage(known), known.offset, dims)
+                if here.dtype == part.dtype
+                else None
+            )
+        return self._runs[key]
 
     def _landing(self, copy: Copy, first: int) -> _Landing:
         """Where a copy begins at step `first`; but for that all copies along one pattern into one tensor are alike."""
