@@ -21,6 +21,7 @@ from restow.planning import make_plan
 from restow.plans import Plan
 from restow.targets import Shard, Target
 from restow.torch.read import run_plan
+from restow.torch.values import judge_scales
 
 EXPERTS = "model.layers.0.mlp.experts"
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
@@ -288,3 +289,28 @@ def test_helpers() -> None:
     assert nibbles(torch.tensor([0x21], dtype=torch.uint8)).tolist() == [1, 2]
     assert int((codes(1, 4096) & 127).max()) < 127
     assert E == 5
+
+
+def test_scales_that_adjoin_are_judged_in_one_run_and_odd_ones_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN, infinity, zero and what is below it; the good ones beside them are passed once they are looked at alone."""
+    from restow.torch import scale_values
+
+    stored, _ = fp8_split(2, 130, 140)
+    scales_ = sorted(name for name in stored if name.endswith("_scale_inv"))
+    good = write(tmp_path / "good", stored, config(fp8_config(), 2, 130, 140))
+    assert scale_values.suspects(restow.open(good), scales_) == set()
+    for number, value in enumerate((float("nan"), float("inf"), 0.0, -1.0)):
+        odd = scales_[2 + number]
+        spoilt = {**stored, odd: stored[odd].clone()}
+        spoilt[odd][1, 1] = value
+        folder = write(tmp_path / str(number), spoilt, config(fp8_config(), 2, 130, 140))
+        opened = restow.open(folder)
+        assert scale_values.suspects(opened, scales_) == set(scales_)
+        with monkeypatch.context() as small:
+            small.setattr(scale_values, "RUN", 2 * stored[odd].nbytes)
+            few = scale_values.suspects(opened, scales_)
+            assert odd in few and len(few) <= 2
+        (problem,) = judge_scales(opened, 2)
+        assert odd in str(problem.error) and problem.fatal == (value != 0)
