@@ -35,7 +35,9 @@ from restow.quantized import scales_of
 from restow.required import tied_pair
 from restow.targets import whole_target
 from restow.torch.chunks import Filled, Slice, raw, stream
+from restow.torch.leafviews import LeafView
 from restow.torch.leaves import name_index
+from restow.torch.transpose import bits
 
 BLOCK = 1 << 18  # elements that are looked at together: they stay in the cache
 AGAIN = "get the file again unless it was trained so: values are kept as they are"
@@ -79,6 +81,15 @@ class Values:
             flat = tensor.reshape(-1).view(torch.uint8).numpy().view(UNSIGNED[tensor.element_size()])
             for key, first, part in self._parts(filled, flat):
                 self._part(target.name, target.dtype, target.shape, key, first, part)
+
+    def take(self, filled: Filled, begin: int, data: memoryview) -> None:
+        """Look at some bytes of a slice, from byte `begin` of it, as at a tensor that is neither experts nor scales."""
+        target, size = filled.slice.target, filled.tensor.element_size()
+        if target.dtype in LIMITS or target.dtype == "BOOL":
+            first = (filled.slice.offset + begin) // size
+            self._part(
+                target.name, target.dtype, target.shape, None, first, np.frombuffer(data, UNSIGNED[size])
+            )
 
     def _parts(self, filled: Filled, flat: Array) -> Iterator[tuple[int | None, int, Array]]:
         """(number of the leaf or 0; first element; elements) for each part of a slice."""
@@ -252,6 +263,45 @@ def judge_scales(found: Checkpoint, threads: int | None) -> tuple[Problem, ...]:
     return tuple(located(problem, found, found.path or "") for problem in seen.problems())
 
 
+class Zeros:
+    """The leaves of experts that hold nothing but zeros, of either sign; `look` is called by one thread."""
+
+    def __init__(self, named: Names) -> None:
+        self._named = named
+        self._full: set[str] = set()  # keys
+        self._empty: dict[str, tuple[str, tuple[int, ...]]] = {}  # key -> tensor, first element
+
+    def look(self, filled: Filled, views: Sequence[LeafView]) -> None:
+        """Look at what a slice holds of each leaf: at its first value, and at the others only if that is 0."""
+        target = filled.slice.target
+        for view in views:
+            if view.leaf[0] not in ("in", "out") or view.key in self._full or not view.matrix.numel():
+                continue
+            if _has_value(bits(view.matrix), signed=target.dtype in LIMITS):
+                self._full.add(view.key)
+                self._empty.pop(view.key, None)
+            elif view.key not in self._empty:
+                flat = int(view.matrix.storage_offset() - filled.tensor.storage_offset())
+                index = np.unravel_index(flat, filled.tensor.shape)
+                starts = (runs[0][0] for runs in target.runs)
+                place = tuple(int(i) + start for i, start in zip(index, starts, strict=True))
+                self._empty[view.key] = target.name, place
+
+    def problems(self) -> tuple[Problem, ...]:
+        """That there are such leaves, if there are."""
+        names = {self._named(name, index): "only zeros" for name, index in self._empty.values()}
+        return (no_values(names),) if names else ()
+
+
+def _has_value(elements: Array, *, signed: bool) -> bool:
+    """Whether any element has other bits than 0, its sign not counted where it is `signed`."""
+    mask = np.array(-1 if not signed else (1 << (8 * elements.itemsize - 1)) - 1).astype(elements.dtype)
+    if elements[0, 0] & mask:
+        return True
+    step = max(1, BLOCK // elements.shape[1])
+    return any(bool((elements[i : i + step] & mask).any()) for i in range(0, len(elements), step))
+
+
 class Tie:
     """The bytes of a head and of the embedding that the config ties it to, where both are there and may be equal."""
 
@@ -259,8 +309,13 @@ class Tie:
         self._hashes = {name: xxhash.xxh3_128() for name in tied_pair(found) or ()}
 
     def look(self, filled: Filled) -> None:
-        if (digest := self._hashes.get(filled.slice.target.name)) is not None:
-            digest.update(raw(filled.tensor))
+        """The next bytes of one of the two, or of any other tensor."""
+        self.take(filled.slice.target.name, raw(filled.tensor))
+
+    def take(self, name: str, data: memoryview) -> None:
+        """The same, by the tensor's name."""
+        if (digest := self._hashes.get(name)) is not None:
+            digest.update(data)
 
     def problems(self) -> tuple[Problem, ...]:
         """That they differ, if they do."""
