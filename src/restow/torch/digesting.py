@@ -22,7 +22,8 @@ from restow.problems import Problem
 from restow.torch.chunks import Filled, raw
 from restow.torch.digests import Known, Leaves
 from restow.torch.leafviews import LeafView, leaf_views
-from restow.torch.values import Tie, Values, Zeros, source_names
+from restow.torch.values import Tie, Values, source_names
+from restow.torch.zeros import Zeros
 
 BLOCK = 1 << 20  # bytes: half of a common second-level cache
 

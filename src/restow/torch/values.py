@@ -35,9 +35,7 @@ from restow.quantized import scales_of
 from restow.required import tied_pair
 from restow.targets import whole_target
 from restow.torch.chunks import Filled, Slice, raw, stream
-from restow.torch.leafviews import LeafView
 from restow.torch.leaves import name_index
-from restow.torch.transpose import bits
 
 BLOCK = 1 << 18  # elements that are looked at together: they stay in the cache
 AGAIN = "get the file again unless it was trained so: values are kept as they are"
@@ -261,45 +259,6 @@ def judge_scales(found: Checkpoint, threads: int | None) -> tuple[Problem, ...]:
     if targets:
         stream(own, parts, look, threads=threads, chunk=1 << 20)
     return tuple(located(problem, found, found.path or "") for problem in seen.problems())
-
-
-class Zeros:
-    """The leaves of experts that hold nothing but zeros, of either sign; `look` is called by one thread."""
-
-    def __init__(self, named: Names) -> None:
-        self._named = named
-        self._full: set[str] = set()  # keys
-        self._empty: dict[str, tuple[str, tuple[int, ...]]] = {}  # key -> tensor, first element
-
-    def look(self, filled: Filled, views: Sequence[LeafView]) -> None:
-        """Look at what a slice holds of each leaf: at its first value, and at the others only if that is 0."""
-        target = filled.slice.target
-        for view in views:
-            if view.leaf[0] not in ("in", "out") or view.key in self._full or not view.matrix.numel():
-                continue
-            if _has_value(bits(view.matrix), signed=target.dtype in LIMITS):
-                self._full.add(view.key)
-                self._empty.pop(view.key, None)
-            elif view.key not in self._empty:
-                flat = int(view.matrix.storage_offset() - filled.tensor.storage_offset())
-                index = np.unravel_index(flat, filled.tensor.shape)
-                starts = (runs[0][0] for runs in target.runs)
-                place = tuple(int(i) + start for i, start in zip(index, starts, strict=True))
-                self._empty[view.key] = target.name, place
-
-    def problems(self) -> tuple[Problem, ...]:
-        """That there are such leaves, if there are."""
-        names = {self._named(name, index): "only zeros" for name, index in self._empty.values()}
-        return (no_values(names),) if names else ()
-
-
-def _has_value(elements: Array, *, signed: bool) -> bool:
-    """Whether any element has other bits than 0, its sign not counted where it is `signed`."""
-    mask = np.array(-1 if not signed else (1 << (8 * elements.itemsize - 1)) - 1).astype(elements.dtype)
-    if elements[0, 0] & mask:
-        return True
-    step = max(1, BLOCK // elements.shape[1])
-    return any(bool((elements[i : i + step] & mask).any()) for i in range(0, len(elements), step))
 
 
 class Tie:
