@@ -35,9 +35,8 @@ from restow.torch.tiles import move
 from restow.torch.transpose import entry_for
 
 STAGE = 16 << 20  # bytes of one tile on its way to a device
-TILE = (
-    4 << 20
-)  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
+# Bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write.
+TILE = 4 << 20
 WINDOW = 48 << 20  # bytes of all threads' tiles together where reads are to be large, or fill whole rows
 STREAM = 128 << 20  # bytes of what a thread takes from a disk at once: long runs are what it reads fastest
 TOLD = 512 << 10  # bytes that are read before whoever watches is told of them: they are still in the cache
@@ -229,9 +228,8 @@ class _Worker:
         self._bytes: dict[int, memoryview] = {}
         self._known: dict[tuple[int, int], tuple[_Landing, tuple[int, ...]]] = {}
         self._decoder = Decoder(files.get)
-        self._due: tuple[SourceFile, int, int, list[memoryview]] | None = (
-            None  # a file's run, and where it goes
-        )
+        # A file's run, and where it goes.
+        self._due: tuple[SourceFile, int, int, list[memoryview]] | None = None
 
     def run(self, jobs: Sequence[Job]) -> tuple[int, dict[int, int]]:
         """Do jobs; the bytes read, and the elements written by target."""
@@ -457,9 +455,8 @@ class _Worker:
             buffer = self._buffer(span, itemsize)
             read = source.preadv(offset, [self._view[:span]])
             return buffer[: -(-span // itemsize) * itemsize].view(dtype).as_strided(shape, steps), read
-        size = prod(shape) * itemsize
+        size, loops = prod(shape) * itemsize, max(0, how.outer - axis)
         buffer, view = self._buffer(size, itemsize), self._view
-        loops = max(0, how.outer - axis)
         if not loops:
             return buffer[:size].view(dtype).view(shape), self._read_told(source, part, offset, view[:size])
         run, read = itemsize * prod(shape[loops:]), 0
