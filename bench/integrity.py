@@ -4,9 +4,11 @@ usage: python bench/integrity.py [--small] [--rounds N] [--layers N] [--save FIL
 
 The checkpoint is that of bench/convert.py (four layers in the shape of Qwen3-30B-A3B, 4.9 GB, or `--layers`).
 
-    convert       with every digest and look at the values, and with none; both take turns, each in a process of its
-                  own, source in the page cache and free memory touched, as in bench/convert.py; the cost is the median
-                  over the rounds of (with / without) - 1
+    convert       with every digest of tensors and leaves, and without any: nothing else differs, values are looked at
+                  in both. Both take turns, each in a process of its own, source in the page cache and free memory
+                  touched, as in bench/convert.py; the cost is the median over the rounds of (with / without) - 1.
+                  For information: how the seconds of the process's work on all cores (user and system) compare; and,
+                  in one round, a third conversion without digests that does not look at values either
     verify        of a folder with a manifest, its files evicted from the page cache (posix_fadvise) before each run,
                   beside plain reads of the same evicted files by 1, 2 and 4 threads, the best of which counts; the
                   rate is the best of the rounds on each side
@@ -26,32 +28,46 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import convert as full
 from _common import child, machine, table, verdicts
 
 WAYS = ("fused", "grouped")
 BARS = {"convert": 0.15, "verify": 0.8, "fingerprint": 0.3}
+ARMS = ("all", "no digests", "neither")
 BLOCK = 8 << 20
 
 
-def converted(source: Path, target: Path, to: str, plain: bool) -> float:
-    """Seconds of one conversion in this process, without any digest if `plain`."""
+class Cost(NamedTuple):
+    """Of conversions to one layout: the best seconds of each arm, the digests' median cost in time and in work."""
+
+    to: str
+    seconds: tuple[float, ...]
+    cost: float
+    work: float
+    both: float  # the cost in time of digests and looks at the values
+
+
+def converted(source: Path, target: Path, to: str, arm: str) -> dict[str, float]:
+    """Seconds of one conversion in this process, and of its work on all cores; `arm` is one of `ARMS`."""
     import restow
     from restow.torch import convert as converting
     from restow.torch.digesting import Digests
     from restow.torch.passing import Passing
 
-    if plain:
+    if arm != "all":
         Passing.look = lambda self, part, begin, data: None  # type: ignore[method-assign]
-        Digests.beside = lambda self, filled: nullcontext()  # type: ignore[method-assign,assignment]
+        Digests._digest = lambda self, block: None  # type: ignore[method-assign]
         converting.note_of = lambda file, digests: {}
+    if arm == "neither":
+        Digests._pass = lambda self, filled: None  # type: ignore[method-assign]
     full.settle(source)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), os.times()
     restow.convert(source, target, to=to)
-    return time.perf_counter() - started
+    seconds, after = time.perf_counter() - started, os.times()
+    return {"seconds": seconds, "work": after.user + after.system - before.user - before.system}
 
 
 def evict(folder: Path) -> None:
@@ -85,20 +101,22 @@ def read(folder: Path, threads: int) -> float:
     return took
 
 
-def cost_of_digests(root: Path, rounds: int) -> list[tuple[str, float, float, float]]:
+def cost_of_digests(root: Path, rounds: int) -> list[Cost]:
     found = []
     for to in WAYS:
-        ratios, seconds = [], []
+        runs: dict[str, list[dict[str, object]]] = {arm: [] for arm in ARMS}
         for i in range(rounds):
-            pair: dict[bool, float] = {}
-            for plain in (False, True) if i % 2 else (True, False):
-                done = child(__file__, "--one", root / "source", root / "out", to, int(plain))
-                pair[plain] = float(str(done["seconds"]))
+            for arm in ARMS if i == 0 else ARMS[:2][:: 1 - 2 * (i % 2)]:
+                runs[arm].append(child(__file__, "--one", root / "source", root / "out", to, arm))
                 shutil.rmtree(root / "out")
-            ratios.append(pair[False] / pair[True] - 1)
-            seconds.append(pair)
-        best = [min(pair[plain] for pair in seconds) for plain in (True, False)]
-        found.append((to, *best, statistics.median(ratios)))
+
+        def added(to_what: str, what: str, runs: dict[str, list[dict[str, object]]] = runs) -> float:
+            pairs = zip(runs["all"], runs[to_what], strict=False)
+            return statistics.median(float(str(a[what])) / float(str(b[what])) - 1 for a, b in pairs)
+
+        best = tuple(min(float(str(run["seconds"])) for run in runs[arm]) for arm in ARMS)
+        costs = added("no digests", "seconds"), added("no digests", "work"), added("neither", "seconds")
+        found.append(Cost(to, best, *costs))
     return found
 
 
@@ -160,8 +178,8 @@ def main() -> int:
     options.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     asked = options.parse_args()
     if asked.one:
-        source, target, to, plain = asked.one
-        print(json.dumps({"seconds": converted(Path(source), Path(target), to, plain == "1")}))
+        source, target, to, arm = asked.one
+        print(json.dumps(converted(Path(source), Path(target), to, arm)))
         return 0
     import restow
 
@@ -176,13 +194,14 @@ def main() -> int:
         shutil.rmtree(root)
     sums = prints(rounds, asked.small)
     best = max(reads.values())
-    bars = [(f"digests added to a conversion to {to}", cost, "<=", BARS["convert"]) for to, *_, cost in costs]
+    bars = [(f"digests added to a conversion to {one.to}", one.cost, "<=", BARS["convert"]) for one in costs]
     bars.append(("verify, of the best cold read", verified / best, ">=", BARS["verify"]))
     bars += [(f"fingerprint of {name}, of memcpy", b / a, ">=", BARS["fingerprint"]) for name, a, b in sums]
     lines, good = verdicts(bars)
     parts = [
         f"# Integrity\n\n{machine()}{', --small' if asked.small else ''}; {rounds} rounds",
-        table(["convert to", "s without", "s with", "cost"], [(n, f"{a:.2f}", f"{b:.2f}", f"{c:.1%}") for n, a, b, c in costs]),
+        table(["convert to", "s with digests", "s without", "s without looks either", "cost of digests", "of their work",
+               "of both"], [(one.to, *(f"{s:.2f}" for s in one.seconds), *(f"{c:.1%}" for c in one[2:])) for one in costs]),
         table(["cold", "GB/s"], [*((f"read, {n} threads", f"{rate:.2f}") for n, rate in reads.items()),
                                  ("verify PATH", f"{verified:.2f}")]),
         table(["in memory", "copy GB/s", "fingerprint GB/s"], [(n, f"{a:.2f}", f"{b:.2f}") for n, a, b in sums]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import restow
-from moe import Model
+from moe import Model, write
 from restow.cli import app
+from restow.publish import Staging
 from restow.torch import convert as converting
+from restow.torch import digesting, read
 
 MASK = 2**64 - 1
 SMALL = Model(e=12, f=24, d=40, layers=2)
@@ -122,14 +125,17 @@ def leaves(model: Model) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("chunk", [1 << 27, 20_000])
+@pytest.mark.parametrize(("chunk", "block"), [(1 << 27, 1000), (20_000, 1 << 20), (20_000, 1000)])
 @pytest.mark.parametrize("to", LAYOUTS)
 @pytest.mark.parametrize("layout", ["split", "grouped"])
 def test_leaves_have_one_digest_in_every_layout(
-    layout: str, to: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: str, to: str, chunk: int, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`chunk`: stacks of experts are written in many slices, a leaf in one or (rows in order) in several."""
+    """`chunk`: stacks of experts are written in many slices, a leaf in one or (rows in order) in several; `block`:
+    slices are hashed in many pieces, which end anywhere in a leaf."""
     monkeypatch.setattr(converting, "CHUNK", chunk)
+    monkeypatch.setattr(digesting, "BLOCK", block)
+    monkeypatch.setattr(read, "TOLD", block)
     SMALL.written(tmp_path / "a", layout)
     restow.convert(tmp_path / "a", tmp_path / "b", to=to)
     found = manifest(tmp_path / "b")
@@ -153,6 +159,62 @@ def test_a_leaf_that_is_cut_against_its_order_has_none(
     assert not any(key.endswith("gate") for key in cut["leaves"])
     assert whole["leaves"] == leaves(SMALL)
     assert restow.verify(tmp_path / "b").equal
+
+
+@pytest.mark.parametrize("to", ["split", "fused", "grouped"])
+def test_what_was_written_wrongly_is_found(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A digest is of the bytes that were handed to the file, so a byte that changes after that does not have it."""
+    SMALL.written(tmp_path / "a", "split")
+    real, wrong = Staging.write, []
+
+    def written(self: Staging, name: str, offset: int, buffer: Any) -> int:
+        out = bytearray(buffer)
+        if len(out) == 1920 * (1 if to == "split" else 2 * SMALL.e) and not wrong:
+            out[-1] ^= 1
+            wrong.append(name)
+        return real(self, name, offset, out)
+
+    monkeypatch.setattr(Staging, "write", written)
+    restow.convert(tmp_path / "a", tmp_path / "b", to=to)
+    assert wrong
+    report = restow.verify(tmp_path / "b")
+    assert {d.kind for d in report.differences} == {"digest"}
+    assert len({d.name for d in report.differences}) == 1
+
+
+def test_values_are_told_alike_however_small_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = SMALL.spelled("split")
+    for layer, e, value in ((0, 3, float("nan")), (1, 5, float("-inf"))):
+        state[f"model.layers.{layer}.mlp.experts.{e}.down_proj.weight"][::7, ::5] = value
+    write(tmp_path / "a", state, SMALL.config)
+    whole = restow.convert(tmp_path / "a", tmp_path / "b", to="fused").warnings
+    monkeypatch.setattr(digesting, "BLOCK", 1000)
+    pieces = restow.convert(tmp_path / "a", tmp_path / "c", to="fused").warnings
+    assert pieces == whole
+    assert "layers.1.mlp.experts.5.down_proj.weight" in whole[0]
+
+
+@pytest.mark.parametrize("chunk", [1 << 27, 2000])
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_an_expert_of_zeros_of_either_sign_is_told(
+    to: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose last value alone is none of them is not."""
+    monkeypatch.setattr(converting, "CHUNK", chunk)
+    at = "model.layers.1.mlp.experts.{}.{}_proj.weight"
+    state = SMALL.spelled("split")
+    for e, word in ((2, "up"), (4, "down"), (6, "down"), (8, "gate")):
+        tensor = state[at.format(e, word)]
+        tensor.copy_(torch.where(torch.arange(tensor.numel()).view(tensor.shape) % 3 == 0, -0.0, 0.0))
+    state[at.format(6, "down")][-1, -1] = 1e-30
+    state[at.format(8, "gate")][:] = -0.0
+    write(tmp_path / "a", state, SMALL.config)
+    (warning,) = restow.convert(tmp_path / "a", tmp_path / "b", to=to).warnings
+    assert [at.format(e, word) in warning for e, word in ((2, "up"), (4, "down"), (8, "gate"))] == [True] * 3
+    assert at.format(6, "down") not in warning
+    assert "found 3 tensors without" in warning
 
 
 def test_sha256_of_every_file(tmp_path: Path) -> None:

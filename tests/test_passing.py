@@ -29,8 +29,13 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
+@pytest.mark.parametrize("told", [1 << 19, 500])
 @pytest.mark.parametrize("layout", ["split", "fused", "stacked"])
-def test_leaves_pass_by_in_order(layout: str, tmp_path: Path, given: list[bool]) -> None:
+def test_leaves_pass_by_in_order(
+    layout: str, told: int, tmp_path: Path, given: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`told`: bytes after which whoever watches is told, all of a matrix or a part of a row."""
+    monkeypatch.setattr(read, "TOLD", told)
     SMALL.written(tmp_path / "a", layout)
     restow.convert(tmp_path / "a", tmp_path / "b", to="grouped")
     assert given == [True] * (SMALL.layers * SMALL.e * 3)

@@ -7,8 +7,10 @@ digest, that is its own, and of each slice one leaf is hashed as well, by turns.
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +18,6 @@ import xxhash
 
 from restow.checkpoint import Checkpoint
 from restow.errors import IntegrityError, show
-from restow.family import Family
 from restow.landing import Wish
 from restow.module import Module, Owner
 from restow.prepare import Prepared
@@ -34,74 +35,83 @@ STRIP = 1 << 18  # bytes that are brought into the order of a leaf at once: they
 Known = Callable[[Target, Leaf], str | None]
 
 
-class Leaves:
-    """The digests of the leaves of expert tensors that pass by; `look` is called by one thread."""
+class _Span(NamedTuple):
+    """Bytes of a slice that are part of a leaf in order, and the hash that takes them in."""
 
-    def __init__(
-        self,
-        modules: Mapping[str, Module],
-        owners: Mapping[str, Owner],
-        family: Family | None,
-        known: Known | None = None,
-    ) -> None:
-        self._modules, self._owners, self._family = modules, owners, family
-        self._known, self._turn = known, 0
-        self._open: dict[str, tuple[xxhash.xxh3_128, int]] = {}
+    begin: int
+    end: int
+    running: xxhash.xxh3_128
+
+
+class Leaves:
+    """The digests of the leaves of expert tensors that pass by slice by slice, by one thread at a time.
+
+    `begin` tells of a slice, `take` its bytes in order, `end` that these were all.
+    """
+
+    def __init__(self, modules: Mapping[str, Module], known: Known | None = None) -> None:
+        self._modules, self._known, self._turn = modules, known, 0
+        self._open: dict[str, tuple[xxhash.xxh3_128, int]] = {}  # rows that came
+        self._spans: deque[_Span] = deque()
+        self._ends: list[tuple[str, xxhash.xxh3_128]] = []  # leaves that end with this slice
+        self._whole = ""  # the leaf that is all of the tensor
         self._scratch = np.empty(0, np.uint8)
         self.found: dict[str, str] = {}
         self.places: dict[str, tuple[str, Leaf]] = {}  # key -> module path, leaf
-        self._firsts: dict[
-            str, tuple[str, tuple[int, ...], int]
-        ] = {}  # key -> its first element, and its bytes
 
-    def look(self, filled: Filled, digest: str | None = None) -> None:
-        """Hash the leaves in a slice; `digest` is that of the whole tensor, where the slice is all of it."""
-        target = filled.slice.target
-        owner = self._owners.get(target.name)
-        if owner is None:
-            return
-        module = self._modules[owner[0]]
+    def begin(self, filled: Filled, owner: Owner, views: Sequence[LeafView]) -> None:
+        """A slice of an expert tensor, and the leaves in it; what does not lie in order is hashed now."""
+        target, tensor = filled.slice.target, filled.tensor
+        whole = filled.slice.offset == 0 and tensor.numel() == prod(target.shape)
+        pieces = Counter(view.key for view in views)
         told: list[tuple[LeafView, str]] = []
-        for view in leaf_views(owner, module, target.runs, filled.tensor, self._family):
-            sizes = whole_sizes(module, view)
+        for view in views:
+            sizes = whole_sizes(self._modules[owner[0]], view)
             self.places[view.key] = (owner[0], view.leaf)
-            if view.key not in self._firsts and view.leaf[0] in ("in", "out"):
-                flat = int(view.matrix.storage_offset() - filled.tensor.storage_offset())
-                index = np.unravel_index(flat, filled.tensor.shape)
-                starts = (runs[0][0] for runs in target.runs)
-                place = tuple(int(i) + start for i, start in zip(index, starts, strict=True))
-                self._firsts[view.key] = (target.name, place, prod(sizes) * filled.tensor.element_size())
-            if digest is not None and _is_whole(view, filled.tensor):
-                self.found[view.key] = digest
+            if whole and view.matrix.numel() == tensor.numel() and view.matrix.is_contiguous():
+                self._whole = view.key
             elif (given := self._given(target, view, sizes)) is not None:
                 self.found[view.key] = given
                 told.append((view, given))
             else:
-                self._part(view, *sizes)
+                at = view.matrix.storage_offset() - tensor.storage_offset()
+                in_order = pieces[view.key] == 1 and view.matrix.is_contiguous()
+                self._part(view, *sizes, int(at) * tensor.element_size() if in_order else None)
+        self._spans = deque(sorted(self._spans, key=lambda span: span.begin))
         if told:
             self._turn += 1
             self._check(target, *told[self._turn % len(told)])
 
-    def empty(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The leaves that hold only zeros: tensor and first element."""
-        zeros: dict[int, str] = {}
-        found = []
-        for key, (name, place, size) in self._firsts.items():
-            if size not in zeros:
-                zeros[size] = xxhash.xxh3_128(bytes(size)).hexdigest()
-            if self.found.get(key) == zeros[size]:
-                found.append((name, place))
-        return found
+    def take(self, begin: int, data: memoryview) -> None:
+        """The next bytes of the slice, from byte `begin` of it."""
+        end = begin + len(data)
+        while self._spans and self._spans[0].begin < end:
+            span = self._spans[0]
+            span.running.update(data[max(0, span.begin - begin) : span.end - begin])
+            if span.end > end:
+                return
+            self._spans.popleft()
 
-    def _part(self, view: LeafView, rows: int, cols: int) -> None:
+    def end(self, digest: str) -> None:
+        """The slice has ended; `digest` is that of its tensor, of use where the slice is all of it."""
+        if self._whole:
+            self.found[self._whole] = digest
+        self.found.update((key, running.hexdigest()) for key, running in self._ends)
+        self._whole, self._ends = "", []
+
+    def _part(self, view: LeafView, rows: int, cols: int, at: int | None) -> None:
+        """Take in some rows of a leaf, now or (where they lie in order, from byte `at`) as they come."""
         running, done = self._open.pop(view.key, (None, 0))
         if view.cols != (0, cols) or view.rows[0] != done:
             self._open[view.key] = (xxhash.xxh3_128(), -1)  # never to be finished
             return
         running = running or xxhash.xxh3_128()
-        self._hash(running, view.matrix)
+        if at is None:
+            self._hash(running, view.matrix)
+        else:
+            self._spans.append(_Span(at, at + view.matrix.nbytes, running))
         if done + view.rows[1] == rows:
-            self.found[view.key] = running.hexdigest()
+            self._ends.append((view.key, running))
         else:
             self._open[view.key] = (running, done + view.rows[1])
 
@@ -153,10 +163,6 @@ def strips(rows: int, cols: int, itemsize: int) -> Iterator[tuple[int, int]]:
         yield first, min(step, rows - first)
 
 
-def _is_whole(view: LeafView, tensor: torch.Tensor) -> bool:
-    return view.matrix.numel() == tensor.numel() and view.matrix.is_contiguous()
-
-
 def leaf_differences(
     checkpoint: Checkpoint, record: Mapping[str, object], wrong: Sequence[str], threads: int | None
 ) -> list[Difference]:
@@ -172,7 +178,7 @@ def leaf_differences(
     why_not = "other bytes than its manifest recorded"
     if not isinstance(recorded, dict) or not owners:
         return [Difference("digest", name, why=why_not) for name in wrong]
-    leaves = Leaves(checkpoint.modules, owners, checkpoint.family)
+    leaves = Leaves(checkpoint.modules)
     names: dict[str, str] = {}
     targets = {n: whole_target(n, checkpoint.tensors[n].shape, checkpoint.tensors[n].dtype) for n in owners}
     own = Prepared(checkpoint, targets, Wish(), {}, {}, {}, {name: name for name in targets})
@@ -180,7 +186,14 @@ def leaf_differences(
     def look(filled: Sequence[Filled]) -> None:
         for one in filled:
             known = set(leaves.places)
-            leaves.look(one)
+            target = one.slice.target
+            owner = owners[target.name]
+            views = leaf_views(
+                owner, checkpoint.modules[owner[0]], target.runs, one.tensor, checkpoint.family
+            )
+            leaves.begin(one, owner, list(views))
+            leaves.take(0, raw(one.tensor))
+            leaves.end(xxhash.xxh3_128_hexdigest(raw(one.tensor)))
             names.update(dict.fromkeys(leaves.places.keys() - known, one.slice.target.name))
 
     stream(own, (part for t in targets.values() for part in slices(t, 64 << 20)), look, threads=threads)

@@ -37,10 +37,10 @@ from restow.torch.tiles import move
 from restow.torch.transpose import entry_for
 
 STAGE = 16 << 20  # bytes of one tile on its way to a device
-TILE = (
-    4 << 20
-)  # bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write
+# Bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write.
+TILE = 4 << 20
 WINDOW = 48 << 20  # bytes of all threads' tiles together where reads are to be large, or fill whole rows
+TOLD = 512 << 10  # bytes that are read before whoever watches is told of them: they are still in the cache
 READERS = 6  # threads that read from a disk, though there be fewer cores
 DESCRIPTORS = 256  # that a call opens at most where it could do with fewer
 KEPT = 64  # storages whose bytes a thread keeps at hand
@@ -74,7 +74,7 @@ def run_plan(
     they were when the plan was made: raises `IntegrityError` where one has changed since. Raises `CoverageError` if not
     every planned element was written, `UsageError` for `threads` below 1, and what `files` raises. `large` asks the
     system for all that a thread takes at once, and reads tiles as large as memory allows, not as the cache does. `watch`
-    is told, by the thread that read them, the bytes of every tile that lies in its file in one piece, before it is moved.
+    is told, by the thread that read them, piece by piece, the bytes of every tile that lies in its file in one piece.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError("threads as a whole number of at least 1", repr(threads))
@@ -191,9 +191,8 @@ class _Worker:
         self._known: dict[tuple[int, int], tuple[_Landing, tuple[int, ...]]] = {}
         self._runs: dict[tuple[int, int, int, str], OneRun | None] = {}
         self._decoder = Decoder(files.get)
-        self._due: tuple[SourceFile, int, int, list[memoryview]] | None = (
-            None  # a file's run, and where it goes
-        )
+        # A file's run, and where it goes.
+        self._due: tuple[SourceFile, int, int, list[memoryview]] | None = None
 
     def run(self, jobs: Sequence[Job]) -> tuple[int, dict[int, int]]:
         """Do jobs; the bytes read, and the elements written by target."""
@@ -255,9 +254,7 @@ class _Worker:
         read = 0
         for i, (copy, part) in enumerate(zip(copies, parts, strict=True)):
             at, into = copy.at * dtype.itemsize, self._view[i * size : (i + 1) * size]
-            read += self._files.get(part.file).preadv(part.begin + at, [into])
-            if self._watch is not None:
-                self._watch(part, at, into)
+            read += self._read_told(self._files.get(part.file), part, part.begin + at, into)
         room = block(width * dtype.itemsize)
         if self._cast.numel() < room:
             self._cast = torch.empty(room, dtype=torch.uint8)
@@ -417,10 +414,8 @@ class _Worker:
                 place = (*index, first)[: len(sizes)]
                 shape = (count, *sizes[axis + 1 :]) if sizes else ()
                 offset = base + itemsize * dot(place, steps)
-                tile, got = self._tile(source, offset, shape, steps[axis:], dtype, how, axis)
+                tile, got = self._tile(source, part, offset, shape, steps[axis:], dtype, how, axis)
                 read += got
-                if self._watch is not None and how.outer <= axis and not how.rows:
-                    self._watch(part, offset - part.begin, self._view[: tile.nbytes])
                 for landing in landings:
                     to = landing.offset + dot(place, landing.strides)
                     into = landing.tensor.as_strided(shape, landing.strides[axis:], to)
@@ -430,6 +425,7 @@ class _Worker:
     def _tile(
         self,
         source: SourceFile,
+        part: Part,
         offset: int,
         shape: tuple[int, ...],
         steps: tuple[int, ...],
@@ -444,15 +440,25 @@ class _Worker:
             buffer = self._buffer(span, itemsize)
             read = source.preadv(offset, [self._view[:span]])
             return buffer[: -(-span // itemsize) * itemsize].view(dtype).as_strided(shape, steps), read
-        size = prod(shape) * itemsize
+        size, loops = prod(shape) * itemsize, max(0, how.outer - axis)
         buffer, view = self._buffer(size, itemsize), self._view
-        loops = max(0, how.outer - axis)
-        run = itemsize * prod(shape[loops:])
-        read = 0
+        if not loops:
+            return buffer[:size].view(dtype).view(shape), self._read_told(source, part, offset, view[:size])
+        run, read = itemsize * prod(shape[loops:]), 0
         for i, index in enumerate(product(*(range(n) for n in shape[:loops]))):
             at = offset + itemsize * dot(index, steps)
             read += source.preadv(at, [view[i * run : (i + 1) * run]])
         return buffer[:size].view(dtype).view(shape), read
+
+    def _read_told(self, source: SourceFile, part: Part, offset: int, into: memoryview) -> int:
+        """Read what lies in its file in one piece; where that is told, in pieces, each told from the cache."""
+        if self._watch is None:
+            return source.preadv(offset, [into])
+        for first in range(0, len(into), TOLD):
+            piece = into[first : first + TOLD]
+            source.preadv(offset + first, [piece])
+            self._watch(part, offset + first - part.begin, piece)
+        return len(into)
 
     def _buffer(self, size: int, itemsize: int) -> torch.Tensor:
         need = -(-size // itemsize) * itemsize

@@ -82,6 +82,15 @@ class Values:
             for key, first, part in self._parts(filled, flat):
                 self._part(target.name, target.dtype, target.shape, key, first, part)
 
+    def take(self, filled: Filled, begin: int, data: memoryview) -> None:
+        """Look at some bytes of a slice, from byte `begin` of it, as at a tensor that is neither experts nor scales."""
+        target, size = filled.slice.target, filled.tensor.element_size()
+        if target.dtype in LIMITS or target.dtype == "BOOL":
+            first = (filled.slice.offset + begin) // size
+            self._part(
+                target.name, target.dtype, target.shape, None, first, np.frombuffer(data, UNSIGNED[size])
+            )
+
     def _parts(self, filled: Filled, flat: Array) -> Iterator[tuple[int | None, int, Array]]:
         """(number of the leaf or 0; first element; elements) for each part of a slice."""
         target, row = filled.slice.target, self.rows.get(filled.slice.target.name)
@@ -263,8 +272,13 @@ class Tie:
         self._hashes = {name: xxhash.xxh3_128() for name in tied_pair(found) or ()}
 
     def look(self, filled: Filled) -> None:
-        if (digest := self._hashes.get(filled.slice.target.name)) is not None:
-            digest.update(raw(filled.tensor))
+        """The next bytes of one of the two, or of any other tensor."""
+        self.take(filled.slice.target.name, raw(filled.tensor))
+
+    def take(self, name: str, data: memoryview) -> None:
+        """The same, by the tensor's name."""
+        if (digest := self._hashes.get(name)) is not None:
+            digest.update(data)
 
     def problems(self) -> tuple[Problem, ...]:
         """That they differ, if they do."""
