@@ -239,7 +239,7 @@ def _prove(target: Side, position: int, runs: Runs, made: Sequence[Move]) -> Non
 
 
 Digits = tuple[tuple[tuple[int, int], ...], ...]  # per dim, the length and the stride of each axis inside it
-Seen = dict[tuple[int, int, int], tuple[Run, ...] | None]  # by dim, place in it, and pattern's identity
+Seen = dict[int, list[dict[int, tuple[Run, ...] | None]]]  # by pattern's identity: per dim, by place in it
 
 
 def decode(digits: Digits, runs: Sequence[Sequence[Run]], move: Move, seen: Seen) -> tuple[Run, ...] | None:
@@ -250,12 +250,13 @@ def decode(digits: Digits, runs: Sequence[Sequence[Run]], move: Move, seen: Seen
     """
     found: list[Run] = []
     pattern = move.pattern
-    same = id(pattern)
-    for dim, (at, inside, dim_runs) in enumerate(zip(move.start, digits, runs, strict=True)):
-        key = (dim, at, same)
-        if key not in seen:
-            seen[key] = _read_back(inside, dim_runs, dim, at, pattern)
-        here = seen[key]
+    known = seen.get(id(pattern))
+    if known is None:
+        known = seen[id(pattern)] = [{} for _ in zip(digits, runs, strict=True)]
+    for dim, (at, places) in enumerate(zip(move.start, known, strict=True)):
+        if at not in places:
+            places[at] = _read_back(digits[dim], runs[dim], dim, at, pattern)
+        here = places[at]
         if here is None:
             return None
         found += here
