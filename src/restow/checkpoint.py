@@ -24,6 +24,7 @@ from restow.naming import fits
 from restow.notation import Part, Row
 from restow.problems import Problem
 from restow.stated import stated_candidates
+from restow.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,10 @@ class _Shapes(Mapping[str, tuple[int, ...]]):
 
     def __init__(self, tensors: Mapping[str, Entry]) -> None:
         self._tensors = tensors
+        self._of = tensors.shape if isinstance(tensors, Tensors) else None
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
+        return self._of(name) if self._of is not None else self._tensors[name].shape
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter(self._tensors)

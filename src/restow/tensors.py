@@ -65,6 +65,14 @@ class Tensors(Mapping[str, Entry]):
         piece = Piece(_whole_box(shape), header.file, header.begins[row], header.ends[row])
         return Entry(header.dtypes[row], shape, (piece,))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without its entry."""
+        if name in self._sharded:
+            return self._sharded[name].shape
+        at = self._rows[name]
+        i = bisect_right(self._starts, at) - 1
+        return self._headers[i].shapes[at - self._starts[i]]
+
     def _whole(self, tensor: Sharded) -> Entry:
         pieces = []
         dtype = ""
