@@ -245,7 +245,7 @@ def C06_more_layers(values: dict[str, Any]) -> None:
     values["num_hidden_layers"] = 3
 
 
-@config("32", "16", error=errors.ShapeMismatchError)
+@config("[8, 32]", "[8, 16]", error=errors.ShapeMismatchError)
 def C07_hidden_size(values: dict[str, Any]) -> None:
     values["hidden_size"] = 32
 
