@@ -10,8 +10,8 @@ The checkpoint is that of bench/convert.py (four layers in the shape of Qwen3-30
                   For information: how the seconds of the process's work on all cores (user and system) compare; and,
                   in one round, a third conversion without digests that does not look at values either
     verify        of a folder with a manifest, its files evicted from the page cache (posix_fadvise) before each run,
-                  beside plain reads of the same evicted files by 1, 2 and 4 threads, the best of which counts; the
-                  rate is the best of the rounds on each side
+                  beside plain reads of the same evicted files by 1, 2 and 4 threads, the best of which counts; all
+                  take turns, and the rates are medians
     fingerprint   of tensors in memory, beside copies of the same tensors; best of the rounds on each side
 
 Exits 1 if a bar is missed.
@@ -121,23 +121,25 @@ def cost_of_digests(root: Path, rounds: int) -> list[Cost]:
 
 
 def cold(folder: Path, rounds: int) -> tuple[dict[int, float], float]:
-    """GB/s of plain reads by threads, and of `verify`, all from a cold cache."""
+    """GB/s of plain reads by threads, and of `verify`, all from a cold cache: medians of rounds in which all take turns."""
     import restow
 
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
-    reads = {1: 0.0, 2: 0.0, 4: 0.0}
-    verified = 0.0
+    reads: dict[int, list[float]] = {1: [], 2: [], 4: []}
+    verified = []
     for _ in range(rounds):
-        for threads in reads:
+        for threads, rates in reads.items():
             evict(folder)
-            reads[threads] = max(reads[threads], size / read(folder, threads))
+            rates.append(size / read(folder, threads))
         evict(folder)
         started = time.perf_counter()
         report = restow.verify(folder)
-        verified = max(verified, size / (time.perf_counter() - started))
+        verified.append(size / (time.perf_counter() - started))
         assert report.equal
         assert not report.warnings, report
-    return reads, verified
+    return {threads: statistics.median(rates) for threads, rates in reads.items()}, statistics.median(
+        verified
+    )
 
 
 def prints(rounds: int, small: bool) -> list[tuple[str, float, float]]:
