@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import restow
 from moe import Model, Tensors, differing, painted
-from restow.errors import IntegrityError, TruncatedFileError
+from restow.errors import IntegrityError, TruncatedFileError, UsageError
 from restow.plans import Plan
 from restow.torch import device, slotwork
 from restow.torch.across import WORD, launches, matrix_of
@@ -279,6 +279,44 @@ def test_an_error_while_sending_ends_the_readers_too(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no device"):
         device.run_on_device(plan, tensors, root=source.path, stamps={}, threads=3, lane=Broken)
     assert threading.active_count() == before
+
+
+def test_a_second_interrupt_does_not_leave_the_device_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots and tables may not be given back before the device has done with them."""
+    source = opened(tmp_path, model=Model(e=8, f=12, d=16, layers=3))
+    plan = restow.plan(source)
+    lane = Memory(torch.device("cpu"))
+    job = slotwork.prepared(plan, blank(plan, torch.bfloat16), lane.there, share=TRAY)
+    pool: list[threading.Thread] = []
+
+    def interrupted(thread: threading.Thread) -> None:
+        pool.append(thread)
+        raise KeyboardInterrupt
+
+    def progress(done: int, whole: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pump(job, lane, lambda pieces, tray: sum(length for _, _, length, _ in pieces), 1, progress)
+    monkeypatch.undo()
+    assert lane.finished == 1 and len(pool) == 1
+    pool[0].join(10)
+    assert not pool[0].is_alive()
+
+
+@pytest.mark.parametrize("threads", [0, -1, True])
+def test_threads_are_judged_as_everywhere(
+    threads: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = opened(tmp_path)
+    into = blank(restow.plan(source), torch.bfloat16)
+    monkeypatch.setattr(sys.modules["restow.torch.execute"], "on_one_device", lambda *_: True)
+    with pytest.raises(UsageError) as caught:
+        restow.load(source, into, threads=threads)
+    assert str(caught.value) == f"expected threads as a whole number of at least 1, found {threads!r}"
 
 
 def test_files_are_judged_as_everywhere(tmp_path: Path) -> None:
