@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -372,6 +372,28 @@ def test_a_signal_cleans_up_and_has_its_code(tmp_path: Path, number: signal.Sign
     assert running.returncode == code
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_comes_before_signals_wait_does_not_leave_them_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = signal.pthread_sigmask
+    before = real(signal.SIG_BLOCK, ())
+
+    def mask(how: int, numbers: Iterable[int]) -> Any:
+        """Handlers of what had come run at the end of the call, whatever it does."""
+        found = real(how, numbers)
+        if how == signal.SIG_BLOCK and numbers:
+            raise terminal.Signalled(signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(signal, "pthread_sigmask", mask)
+    try:
+        with pytest.raises(terminal.Signalled), terminal.held():
+            pytest.fail("it was raised before")
+        assert real(signal.SIG_BLOCK, ()) == before
+    finally:
+        real(signal.SIG_SETMASK, before)
 
 
 def test_exit_codes_by_error() -> None:

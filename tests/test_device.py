@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import restow
 from moe import Model, Tensors, differing, painted
-from restow.errors import IntegrityError, TruncatedFileError
+from restow.errors import IntegrityError, TruncatedFileError, UsageError
 from restow.plans import Plan
 from restow.torch import device, slotwork
 from restow.torch.across import WORD, launches, matrix_of
@@ -130,6 +131,23 @@ def test_tensors_with_strides_and_offsets_of_their_own(tmp_path: Path) -> None:
     assert differing({n: t.contiguous() for n, t in room.items()}, wanted) == []
 
 
+@pytest.mark.parametrize("dst", ["grouped", "split"])
+def test_experts_of_several_dtypes_are_each_read_in_their_own(dst: str, tmp_path: Path) -> None:
+    """A checkpoint with such experts is warned of, not refused."""
+    folder = SMALL.written(tmp_path, "split")
+    for file in folder.glob("*.safetensors"):
+        held = load_file(file)
+        odd = [name for name in held if ".experts.1." in name or ".experts.3." in name]
+        save_file({**held, **{name: held[name].float() for name in odd}}, file, {"format": "pt"})
+    source = restow.open(folder)
+    (problem,) = source.problems
+    assert not problem.fatal and "experts of one module in one dtype" in str(problem.error)
+    plan = restow.plan(source, layout=dst)
+    for dtype in (torch.bfloat16, torch.float32):
+        (found, ours), (wanted, plain) = both(plan, source, dtype)
+        assert differing(found, wanted) == [] and ours == plain
+
+
 # Packing.
 
 
@@ -160,8 +178,6 @@ def test_neighbours_in_a_file_are_one_read_and_slots_are_full(dst: str, tmp_path
 
 def test_a_large_read_is_shared(tmp_path: Path) -> None:
     whole = {"model.embed_tokens.weight": torch.arange(5 * SHARE // 8).view(-1, 64)}
-    from safetensors.torch import save_file
-
     save_file(whole, tmp_path / "model.safetensors")
     source = restow.open(tmp_path / "model.safetensors", family="qwen3_moe")
     into = {n: torch.empty_like(t) for n, t in whole.items()}
@@ -174,8 +190,6 @@ def test_a_large_read_is_shared(tmp_path: Path) -> None:
 
 
 def test_words_that_lie_askew_in_the_file_are_set_straight(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     tensors = {"a": torch.arange(40, dtype=torch.bfloat16), "b": torch.arange(30, dtype=torch.float32)}
     save_file(tensors, tmp_path / "model.safetensors")
     text = (tmp_path / "model.safetensors").read_bytes()
@@ -265,6 +279,44 @@ def test_an_error_while_sending_ends_the_readers_too(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no device"):
         device.run_on_device(plan, tensors, root=source.path, stamps={}, threads=3, lane=Broken)
     assert threading.active_count() == before
+
+
+def test_a_second_interrupt_does_not_leave_the_device_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots and tables may not be given back before the device has done with them."""
+    source = opened(tmp_path, model=Model(e=8, f=12, d=16, layers=3))
+    plan = restow.plan(source)
+    lane = Memory(torch.device("cpu"))
+    job = slotwork.prepared(plan, blank(plan, torch.bfloat16), lane.there, share=TRAY)
+    pool: list[threading.Thread] = []
+
+    def interrupted(thread: threading.Thread) -> None:
+        pool.append(thread)
+        raise KeyboardInterrupt
+
+    def progress(done: int, whole: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pump(job, lane, lambda pieces, tray: sum(length for _, _, length, _ in pieces), 1, progress)
+    monkeypatch.undo()
+    assert lane.finished == 1 and len(pool) == 1
+    pool[0].join(10)
+    assert not pool[0].is_alive()
+
+
+@pytest.mark.parametrize("threads", [0, -1, True])
+def test_threads_are_judged_as_everywhere(
+    threads: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = opened(tmp_path)
+    into = blank(restow.plan(source), torch.bfloat16)
+    monkeypatch.setattr(sys.modules["restow.torch.execute"], "on_one_device", lambda *_: True)
+    with pytest.raises(UsageError) as caught:
+        restow.load(source, into, threads=threads)
+    assert str(caught.value) == f"expected threads as a whole number of at least 1, found {threads!r}"
 
 
 def test_files_are_judged_as_everywhere(tmp_path: Path) -> None:

@@ -126,6 +126,19 @@ def test_ragged_blocks_in_modules_and_files_of_their_own(tmp_path: Path, dtype: 
     same(plan, like, folder)
 
 
+def test_scales_of_one_coding_may_have_dtypes_of_their_own(tmp_path: Path) -> None:
+    """Experts of one tensor of which some scales lie in half precision."""
+    stored, _ = fp8_split(4, 131, 257)
+    for name in [name for name in stored if name.endswith("_scale_inv")]:
+        if any(f".experts.{e}." in name for e in (1, 2)):
+            stored[name] = stored[name].to(torch.bfloat16)
+    folder = write(tmp_path, stored, config(fp8_config(), 4, 131, 257))
+    for layout in ("grouped", "split"):
+        plan = restow.plan(folder, layout=layout)
+        _, left = same(plan, blank(plan, torch.bfloat16), folder)
+        assert left is None
+
+
 def test_any_placement_and_strides_of_a_tensor(tmp_path: Path) -> None:
     """Runs that begin and end inside blocks, in a part of a larger tensor."""
     stored, _ = fp8_split()

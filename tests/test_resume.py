@@ -7,10 +7,12 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import restow
 from faults import Faults, Tree, forked, tree
@@ -106,6 +108,27 @@ def killed_late(root: Path) -> dict[str, tuple[int, int]]:
     found = finished(root)
     assert found
     return found
+
+
+def test_threads_of_torch_stay_as_they_were(fast: Path) -> None:
+    """Those of the caller, and those that begin later: a thread takes over what was set last, by whomever."""
+    MODEL.written(fast / "in", "split")
+    killed_late(fast)
+    counts: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(2):  # one that goes on, and one from the beginning
+            report = restow.convert(fast / "in", fast / "out", to="grouped", max_shard_bytes=SHARD, threads=1)
+            counts.append(torch.get_num_threads())
+            new = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+            new.start()
+            new.join()
+            counts.append(len([note for note in report.notes if "continued" in note]))
+            shutil.rmtree(fast / "out")
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [2, 2, 1, 2, 2, 0]
 
 
 def test_what_was_read_is_not_read_again(fast: Path) -> None:

@@ -569,6 +569,21 @@ def test_a_state_that_is_written_to_meanwhile_is_not_saved(
     assert (done if isinstance(done, SaveReport) else done.result()).files == 1
 
 
+def test_buffers_of_a_save_in_inference_mode_are_taken_outside_it(tmp_path: Path) -> None:
+    model = Model()
+    state = model.spelled("grouped")
+    with torch.inference_mode():
+        first = restow.save(state, tmp_path / "a", family=model.family, layout="split", wait=False)
+    assert isinstance(first, SaveHandle)
+    first.result(60)
+    kept = {name: tensor.data_ptr() for name, tensor in first.buffers.items()}
+    again = restow.save(state, tmp_path / "b", family=model.family, layout="split", wait=False, reuse=first)
+    assert isinstance(again, SaveHandle)
+    again.result(60)
+    assert {name: tensor.data_ptr() for name, tensor in again.buffers.items()} == kept
+    assert differing(tensors(tmp_path / "b"), model.spelled("split")) == []
+
+
 def test_buffers_in_use_are_not_taken(tmp_path: Path, held_up: Callable[[], None]) -> None:
     state = Model().spelled("grouped")
     handle = restow.save(state, tmp_path / "out", family="qwen3_moe", wait=False)

@@ -150,3 +150,17 @@ def test_digests_of_leaves_are_alike_in_both_layouts(folder: Path, tmp_path: Pat
         for name in ("grouped", "hf")
     ]
     assert found[0] == found[1] and sum(".bank2." in key for key in found[0]) == 2 * E * 3
+
+
+def test_an_expert_of_zeros_is_told_in_either_bank(folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+    empty = [
+        f"{AT.format(1)}.{e}.{word}_proj.weight" for e, word in ((3, "up"), (E + 3, "up"), (E + 4, "down"))
+    ]
+    for name in empty:
+        tensors[name].zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    report = restow.convert(folder, tmp_path / "out", to="grouped")
+    (told,) = report.warnings
+    assert [name for name in tensors if f"{name}: only zeros" in told] == empty
+    (told,) = restow.verify(folder).warnings
+    assert [name for name in tensors if f"{name}: only zeros" in told] == empty

@@ -72,8 +72,9 @@ def signals() -> Iterator[None]:
 @contextmanager
 def held() -> Iterator[None]:
     """Inside, `STOPS` wait. For imports of torch: while it imports numpy it drops whatever is raised, and goes on."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which raises what came just before
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -22,6 +22,7 @@ from restow.prepare import Prepared
 from restow.targets import Runs, Target
 from restow.torch.dtypes import torch_dtype
 from restow.torch.read import Watch, run_plan
+from restow.torch.threads import as_before
 
 CHUNK = 128 << 20  # bytes of one buffer
 ALIGN = 64
@@ -194,7 +195,7 @@ def stream(
     buffers: list[torch.Tensor] = []
     pending: list[Future[None]] = []
     joint = joined(prepared)
-    with ThreadPoolExecutor(1) as pool:
+    with as_before(), ThreadPoolExecutor(1) as pool:
         try:
             for number, group in enumerate(grouped(parts, chunk)):
                 need = sum(room(part.target) for part in group)

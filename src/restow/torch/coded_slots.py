@@ -66,13 +66,13 @@ def decodable(
     """What a device does, plain copies included, and what it leaves; copies that share a read stay together."""
     if not plan.codings:
         return plan, None
-    known: dict[tuple[int, ...], bool] = {}
+    known: dict[tuple[object, ...], bool] = {}
     ours: list[Copy] = []
     rest: list[Copy] = []
     for batch in plan.batches():
         good = True
         for copy in batch if is_coded(plan, batch[0]) else ():
-            key = (copy.target, copy.pattern, plan.parts[copy.source].coding, copy.at)
+            key = _kind(plan, copy)
             if key not in known:
                 known[key] = _jobs(plan, copy, tensors, room) is not None
             good = good and known[key]
@@ -80,6 +80,13 @@ def decodable(
     if not rest:
         return plan, None
     return replace(plan, copies=tuple(ours)), replace(plan, copies=tuple(rest))
+
+
+def _kind(plan: Plan, copy: Copy) -> tuple[object, ...]:
+    """What copies have in common that are decoded alike; of one coding, scales may still have dtypes of their own."""
+    part = plan.parts[copy.source]
+    scales = tuple(plan.parts[i].dtype for i in part.scales)
+    return copy.target, copy.pattern, part.coding, copy.at, scales
 
 
 def _jobs(
@@ -101,10 +108,8 @@ def coded_slots(
         return None
     sources, ats, targets, starts, patterns = zip(*plan.copies, strict=True)
     lead = _leads(plan, _array(sources), _array(ats), _array(patterns))
-    kinds: dict[tuple[int, ...], int] = {}
-    codings = [part.coding for part in plan.parts]
-    keys = ((c.target, c.pattern, codings[c.source], c.at) for c in plan.copies)
-    kind = _array([kinds.setdefault(key, len(kinds)) for key in keys])
+    kinds: dict[tuple[object, ...], int] = {}
+    kind = _array([kinds.setdefault(_kind(plan, copy), len(kinds)) for copy in plan.copies])
     _, firsts = np.unique(kind, return_index=True)
     tables = []
     for i in firsts.tolist():

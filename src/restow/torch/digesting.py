@@ -23,6 +23,7 @@ from restow.torch.chunks import Filled
 from restow.torch.digests import Known, Leaves
 from restow.torch.leafviews import LeafView, leaf_views
 from restow.torch.raw import raw
+from restow.torch.threads import as_before
 from restow.torch.values import Tie, Values, source_names
 from restow.torch.zeros import Zeros
 
@@ -60,8 +61,9 @@ class Digests:
 
     def look(self, filled: Sequence[Filled]) -> None:
         """Digest a chunk now."""
-        self._pass(filled)
-        self._sum(filled)
+        with as_before():
+            self._pass(filled)
+            self._sum(filled)
 
     @contextmanager
     def beside(self, filled: Sequence[Filled]) -> Iterator[None]:

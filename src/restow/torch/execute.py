@@ -15,7 +15,7 @@ from restow.plans import Plan
 from restow.torch.device import halves, on_one_device, run_on_device
 from restow.torch.on_device import moved_on_device
 from restow.torch.read import Booked, Progress, run_plan
-from restow.torch.threads import default_readers
+from restow.torch.threads import check_threads, default_readers
 
 
 def execute(
@@ -67,6 +67,7 @@ def _on_device(
     progress: Progress | None,
 ) -> Booked:
     """By the pump, and after it what the pump does not decode."""
+    check_threads(threads)
     ours, rest = halves(plan, tensors)
     done = Booked(0, 0)
     whole = plan.bytes if progress is not None else 0

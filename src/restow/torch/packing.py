@@ -87,17 +87,18 @@ def packed(plan: Plan, tensors: Mapping[str, torch.Tensor], capacity: int, share
         return Packed([], [], [], *(np.zeros(0, np.int64) for _ in range(3)))
     columns = list(zip(*plan.copies, strict=True))
     sources, ats, targets, patterns = (_array(columns[i]) for i in (0, 1, 2, 4))
+    files, kinds = (
+        _numbered([part.file for part in plan.parts]),
+        _numbered([part.dtype for part in plan.parts]),
+    )
     lead = _leads(plan, sources, ats, patterns)
-    code = patterns * len(plan.targets) + targets
+    # Tensors of one role may be of several dtypes: what is alike else has other bytes.
+    code = (patterns * len(plan.targets) + targets) * len(kinds[0]) + kinds[1][sources]
     key = np.where(lead == np.arange(len(lead)), code, code + (1 + code[lead]) * (1 + code.max()))
     _, where, kind = np.unique(key, return_index=True, return_inverse=True)
     shapes: dict[Shape, int] = {}
     tables = [_tiles(plan, int(i), int(lead[i]), tensors, capacity - ALIGN, shapes) for i in where]
 
-    files, kinds = (
-        _numbered([part.file for part in plan.parts]),
-        _numbered([part.dtype for part in plan.parts]),
-    )
     widths = _array([torch_dtype(name).itemsize for name in kinds[0]])[kinds[1]][sources]
     begins = _array([part.begin for part in plan.parts])[sources] + widths * ats
     base = _places(plan, tensors, targets, columns[3])

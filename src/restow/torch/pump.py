@@ -124,10 +124,12 @@ def pump(
                 progress(done, job.size)
     finally:
         turns.end()
-        for thread in pool:
-            if thread.ident is not None:
-                thread.join()
-        lane.finish()
+        try:
+            for thread in pool:
+                if thread.ident is not None:
+                    thread.join()
+        finally:  # a second Ctrl-C ends the waiting, not what the device still does with slots and tables
+            lane.finish()
     if turns.errors:
         raise min(turns.errors, key=lambda item: item[0])[1]
     return sum(turns.read), written

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 
 from restow.coding import byte_box
-from restow.errors import UsageError
 from restow.files import SourceFile
 from restow.plans import Copy, Part, Plan
 from restow.reads import Spans, merged, spans
@@ -32,7 +31,7 @@ from restow.torch.raw import raw
 from restow.torch.rows import block, fill_rows
 from restow.torch.sources import Files, is_cold
 from restow.torch.strides import Blocks, dot, in_place, real_places, tile_axis
-from restow.torch.threads import default_threads
+from restow.torch.threads import check_threads, default_threads
 from restow.torch.tiles import move
 from restow.torch.transpose import entry_for
 
@@ -76,8 +75,7 @@ def run_plan(
     system for all that a thread takes at once, and reads tiles as large as memory allows, not as the cache does. `watch`
     is told, by the thread that read them, piece by piece, the bytes of every tile that lies in its file in one piece.
     """
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise UsageError("threads as a whole number of at least 1", repr(threads))
+    check_threads(threads)
     ledger = Ledger()
     cold = root is not None and is_cold(plan.parts, root)
     usual = default_threads()

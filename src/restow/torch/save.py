@@ -217,15 +217,16 @@ def _copied(slots: Mapping[str, Slot], reuse: SaveHandle | None) -> dict[str, to
     old = reuse.buffers if reuse is not None else {}
     out: dict[str, torch.Tensor] = {}
     seen: dict[object, str] = {}
-    for name, slot in slots.items():
-        memory = memory_of(slot.local)
-        if memory is not None and seen.setdefault(memory, name) != name:
-            out[name] = out[seen[memory]]
-            continue
-        kept = old.get(name)
-        if kept is None or kept.shape != slot.local.shape or kept.dtype != slot.local.dtype:
-            kept = torch.empty(slot.local.shape, dtype=slot.local.dtype, pin_memory=slot.local.is_cuda)
-        out[name] = kept.copy_(slot.local)
+    with torch.inference_mode(False):  # buffers made in it could not be taken again outside
+        for name, slot in slots.items():
+            memory = memory_of(slot.local)
+            if memory is not None and seen.setdefault(memory, name) != name:
+                out[name] = out[seen[memory]]
+                continue
+            kept = old.get(name)
+            if kept is None or kept.shape != slot.local.shape or kept.dtype != slot.local.dtype:
+                kept = torch.empty(slot.local.shape, dtype=slot.local.dtype, pin_memory=slot.local.is_cuda)
+            out[name] = kept.copy_(slot.local)
     return out
 
 

@@ -1,13 +1,33 @@
 """How many threads a verb takes where nobody says: from the cores of this process and the ranks that share a machine.
 
-It reads the scheduler and the launcher's environment, and rejects nothing.
+It reads the scheduler and the launcher's environment. Rejected are numbers of threads that are none.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from restow.errors import UsageError
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise `UsageError` for a number that cannot be meant; None leaves it to us."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise UsageError("threads as a whole number of at least 1", repr(threads))
+
+
+@contextmanager
+def as_before() -> Iterator[None]:
+    """After it ATen has as many threads as before: what one thread sets for itself holds for all that begin after it."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def default_threads() -> int:

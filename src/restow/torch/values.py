@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from restow.checkpoint import Checkpoint
+from restow.codecs import WEIGHTS
 from restow.errors import (
     AmbiguousTensorError,
     NonFiniteError,
@@ -241,7 +242,7 @@ def values_of(found: Checkpoint) -> Values:
     rows = {
         name: found.modules[path].layout.row(role)
         for name, (path, role) in found.expert_tensors.items()
-        if role in ("in", "out")
+        if role in WEIGHTS
     }
     return Values(rows, plain_name, scales_of(found))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from restow.codecs import WEIGHTS
 from restow.problems import Problem
 from restow.torch.chunks import Filled
 from restow.torch.leafviews import LeafView
@@ -32,7 +33,7 @@ class Zeros:
         """Look at what a slice holds of each leaf: at its first value, and at the others only if that is 0."""
         target = filled.slice.target
         for view in views:
-            if view.leaf[0] not in ("in", "out") or view.key in self._full or not view.matrix.numel():
+            if view.leaf[0] not in WEIGHTS or view.key in self._full or not view.matrix.numel():
                 continue
             if _has_value(bits(view.matrix), signed=target.dtype in LIMITS):
                 self._full.add(view.key)
