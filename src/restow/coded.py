@@ -190,9 +190,10 @@ class CodedWeights(Mapping[str, Coded]):
         return {}
 
     def __getitem__(self, name: str) -> Coded:
-        if self._last is None or self._last[0] != name:
-            self._last = name, self._coded(name)
-        return self._last[1]
+        last = self._last  # read once: another thread may ask for another weight
+        if last is None or last[0] != name:
+            last = self._last = name, self._coded(name)
+        return last[1]
 
     def _coded(self, name: str) -> Coded:
         found = self.weights[name]
