@@ -1,6 +1,8 @@
 """Load time per byte as a checkpoint grows: 1, 2, 4 and 8 GB of experts, warm page cache, touched destinations.
 
-usage: python bench/growth.py [--small] [--rounds N] [--save] [--folder DIR]
+usage: python bench/growth.py [--small] [--rounds N] [--save] [--folder DIR] [--device cuda]
+
+On a CUDA device 16 GB is a size, too, and its table is printed only: redirect it.
 
 bfloat16, one tensor per expert and projection, qwen3_moe; layers of 128 experts, 2048 x 640, a GB each. The smaller
 checkpoints are the first layers of the largest (the same files under a second name), so that all sizes take turns over
@@ -32,7 +34,7 @@ import restow
 from _common import machine, table, verdicts
 
 EXPERTS, D, F = 128, 2048, 640
-FULL, SMALL = (1, 2, 4, 8), (1, 2)
+FULL, SMALL, MORE = (1, 2, 4, 8), (1, 2), 16
 WAYS = ("file order", "packed")
 BAR = 1.1
 Tensors = dict[str, torch.Tensor]
@@ -113,15 +115,16 @@ def compare(folder: Path, into: Mapping[str, torch.Tensor]) -> None:
                 found = down[int(number)] if word == "down_proj" else both[int(number)]
                 if word != "down_proj":
                     found = found[:, :half] if word == "gate_proj" else found[:, half:]
-                if not torch.equal(found.t().contiguous(), file.get_tensor(name)):
+                if not torch.equal(found.t().contiguous().cpu(), file.get_tensor(name)):
                     raise SystemExit(f"{name} differs from the file")
                 seen += 1
     assert seen
     assert seen == sum(3 * t.shape[0] for n, t in into.items() if n.endswith("down_projs"))
 
 
-def main(small: bool, rounds: int, save: bool, folder: str | None) -> int:
+def main(small: bool, rounds: int, save: bool, folder: str | None, device: str) -> int:
     sizes, shape = (SMALL, (8, 256, 128)) if small else (FULL, (EXPERTS, D, F))
+    sizes += (MORE,) if device == "cuda" and not small else ()
     took: dict[tuple[str, int], list[float]] = {}
     read: dict[int, int] = {}
     with tempfile.TemporaryDirectory(prefix="restow-bench-", dir=folder) as name:
@@ -129,12 +132,15 @@ def main(small: bool, rounds: int, save: bool, folder: str | None) -> int:
         count = sum(
             prod(target.shape) for target in restow.plan(folders[sizes[-1]], layout="grouped").targets
         )
-        memory = torch.full((count,), -1, dtype=torch.bfloat16)
+        memory = torch.full((count,), -1, dtype=torch.bfloat16, device=device)
+        os.sync()  # what is still being written to the disk takes its share of the memory's rate
         for turn in range(-1, rounds):
             for way in WAYS:
                 for n in sizes:
                     into = places(folders[n], memory, way)
                     memory.fill_(-1)
+                    if device == "cuda":
+                        torch.cuda.synchronize()
                     start = time.perf_counter()
                     report = restow.load(folders[n], into)
                     seconds = time.perf_counter() - start
@@ -151,7 +157,8 @@ def main(small: bool, rounds: int, save: bool, folder: str | None) -> int:
         bars.append((f"{way}, slowest of fastest", slowest, "<=", 99.0 if small else BAR))
     lines, good = verdicts(bars)
     head = ("", "GB", "ms a GB")
-    text = "\n".join([f"# {machine()}", "", f"{rounds} rounds, medians", "", table(head, rows), "", *lines])
+    where = f"{torch.cuda.get_device_name()}, {machine()}" if device == "cuda" else machine()
+    text = "\n".join([f"# {where}", "", f"{rounds} rounds, medians", "", table(head, rows), "", *lines])
     print(text)
     if save:
         (Path(__file__).parent / "results" / "growth.md").write_text(text + "\n")
@@ -164,5 +171,6 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--folder", help="where to make the checkpoint: a local disk")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
-    sys.exit(main(given.small, given.rounds, given.save, given.folder))
+    sys.exit(main(given.small, given.rounds, given.save, given.folder, given.device))
