@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from restow.errors import NotationError
-from restow.notation import Dim, Factor, Labels, Number, Row, dim_keys, parse_row
+from restow.notation import Dim, Factor, Labels, Number, Row, parse_row
 from strategies import roles, rows
 
 
@@ -93,7 +93,7 @@ def test_what_a_row_says_about_itself() -> None:
     assert row.name_axes == ("e", "p")
     assert row.labels == {"p": ("gate", "up")}
     assert row.axes == {"e", "p", "(f r)/4", "d/2", "16"}
-    assert [dim_keys(dim) for dim in row.dims] == [("(f r)/4",), ("d/2",), ("16",)]
+    assert [dim.keys for dim in row.dims] == [("(f r)/4",), ("d/2",), ("16",)]
 
 
 NAME = "an axis as in {e}, {p:gate|up} or {e+E}"

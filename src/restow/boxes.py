@@ -12,7 +12,7 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 from restow.layout import Sizes, axis_size
-from restow.notation import Row, dim_keys
+from restow.notation import Row
 
 Run = tuple[int, int]  # start, length
 
@@ -65,7 +65,7 @@ def boxes_of(row: Row, sizes: Sizes, runs: Sequence[Sequence[Run]]) -> tuple[Box
     """The boxes of one stored tensor of `row` of which `runs` (per dim) are held, one after another, locally."""
     per_dim: list[list[tuple[tuple[str, ...], tuple[Run, ...], int, tuple[int, ...]]]] = []
     for dim, dim_runs in zip(row.dims, runs, strict=True):
-        keys = dim_keys(dim)
+        keys = dim.keys
         lengths = tuple(axis_size(row, key, sizes) for key in keys)
         strides = _strides(lengths)
         local, parts = 0, []

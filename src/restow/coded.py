@@ -35,7 +35,7 @@ from restow.errors import QuantizationError, show
 from restow.files import open_source
 from restow.layout import Layout, axis_size, shape_of
 from restow.module import Module
-from restow.notation import Dim, Factor, Row, dim_keys
+from restow.notation import Dim, Factor, Row
 
 NOTE_LIMIT = 4096  # bytes of the JSON beside a weight of bitsandbytes
 
@@ -250,7 +250,7 @@ class CodedWeights(Mapping[str, Coded]):
     def _kind(self, codec: Codec, row: Row, scales: list[Row], sizes: Mapping[str, int]) -> _Kind:
         """What coded weights of one row share; `scales` are the rows of their scales, in the codec's order."""
         shape = shape_of(row, sizes)
-        last = dim_keys(row.dims[-1]) if row.dims else ()
+        last = row.dims[-1].keys if row.dims else ()
         columns = axis_size(row, last[-1], sizes) if len(last) > 1 else 0
         grids: list[tuple[Grid | None, int]] = []
         for at, companion in zip(scales, codec.scales, strict=True):
@@ -340,7 +340,7 @@ def terms_of(row: Row, scale: Row, sizes: Mapping[str, int]) -> tuple[Term, ...]
     """How an element's place in a weight of `row` gives its scale's place in a tensor of `scale`."""
     terms = []
     for to, dim in enumerate(scale.dims):
-        keys = dim_keys(dim)
+        keys = dim.keys
         lengths = [axis_size(scale, key, sizes) for key in keys]
         for key, step in zip(keys, strides_of(lengths), strict=True):
             at = _axis_in(row, key, dim, sizes)
@@ -360,7 +360,7 @@ def _axis_in(row: Row, key: str, dim: Dim, sizes: Mapping[str, int]) -> tuple[in
     if axis.isdecimal():
         return None
     for i, there in enumerate(row.dims):
-        keys = dim_keys(there)
+        keys = there.keys
         if axis in keys:
             lengths = [axis_size(row, k, sizes) for k in keys]
             at = keys.index(axis)

@@ -14,7 +14,7 @@ from itertools import product
 from math import prod
 
 from restow.errors import NotationError, SizeError, section, show
-from restow.notation import Dim, Factor, Labels, Number, Row, dim_keys, parse_row
+from restow.notation import Dim, Factor, Labels, Number, Row, parse_row
 
 Sizes = Mapping[str, int]
 
@@ -143,7 +143,7 @@ def _derived(row: Row, axis: str, sizes: Sizes) -> int:
 
 def shape_of(row: Row, sizes: Sizes) -> tuple[int, ...]:
     """The shape of one stored tensor of the row."""
-    return tuple(prod(axis_size(row, key, sizes) for key in dim_keys(dim)) for dim in row.dims)
+    return tuple(prod(axis_size(row, key, sizes) for key in dim.keys) for dim in row.dims)
 
 
 def name_of(row: Row, index: tuple[int, ...], sizes: Sizes) -> str:
@@ -198,7 +198,7 @@ def solve_sizes(row: Row, shape: tuple[int, ...], sizes: Sizes) -> dict[str, int
 
 def _solve_dim(row: Row, dim: Dim, length: int, known: dict[str, int], fresh: dict[str, int]) -> bool:
     rest, unknown = length, []
-    for key in dim_keys(dim):
+    for key in dim.keys:
         try:
             size = axis_size(row, key, known)
         except SizeError:

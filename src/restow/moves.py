@@ -16,7 +16,7 @@ from typing import NamedTuple
 from restow.boxes import Box, Run, boxes_of, held, overlap, strides_of
 from restow.errors import CoverageError, RolesError, ShapeMismatchError
 from restow.layout import axis_size
-from restow.notation import Row, dim_keys
+from restow.notation import Row
 
 Frozen = tuple[tuple[str, int], ...]  # sizes as sorted pairs, so that they can be a key
 
@@ -293,5 +293,5 @@ def _read_back(
 
 @lru_cache(maxsize=256)
 def _digits(row: Row, sizes: Frozen) -> Digits:
-    lengths = [[axis_size(row, key, dict(sizes)) for key in dim_keys(spec)] for spec in row.dims]
+    lengths = [[axis_size(row, key, dict(sizes)) for key in spec.keys] for spec in row.dims]
     return tuple(tuple(zip(dim, strides_of(dim), strict=True)) for dim in lengths)

@@ -10,8 +10,9 @@ does not list, and every rejection shows the row with carets. Nothing here knows
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from restow.errors import NotationError
 
@@ -59,12 +60,17 @@ class Factor:
         return self.axis if self.divisor == 1 else f"{self.axis}/{self.divisor}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dim:
     """One dim of a stored tensor: factors, left slowest; `divisor` over the whole group, as in `(p f)/128`."""
 
     factors: tuple[Factor, ...]
     divisor: int = 1
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The axes that the dim holds, slowest first: a divided group is one axis of its own."""
+        return (str(self),) if self.divisor != 1 else tuple(map(str, self.factors))
 
     def __str__(self) -> str:
         body = " ".join(map(str, self.factors))
@@ -72,7 +78,7 @@ class Dim:
         return (f"({body})" if grouped else body) + (f"/{self.divisor}" if self.divisor != 1 else "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Row:
     """One line of a layout. `name` is relative to the experts module; `dims` is empty for a scalar."""
 
@@ -81,36 +87,29 @@ class Row:
     dims: tuple[Dim, ...]
     exact: bool = False
 
-    @property
+    @cached_property
     def base(self) -> str:
         """The role whose axes this row has: `in` for `in.scale`."""
         return self.role.split(".", 1)[0]
 
-    @property
+    @cached_property
     def name_axes(self) -> tuple[str, ...]:
         """The axes that the name carries, left to right."""
         return tuple(part.axis for part in self.name if not isinstance(part, str))
 
-    @property
-    def labels(self) -> dict[str, tuple[str, ...]]:
+    @cached_property
+    def labels(self) -> Mapping[str, tuple[str, ...]]:
         """The words of each labelled axis."""
         return {part.axis: part.labels for part in self.name if isinstance(part, Labels)}
 
-    @property
+    @cached_property
     def axes(self) -> frozenset[str]:
         """Every axis of the row, name and dims together; derived axes count as their own (`f/128`)."""
-        return frozenset(self.name_axes) | frozenset(key for dim in self.dims for key in dim_keys(dim))
+        return frozenset(self.name_axes) | frozenset(key for dim in self.dims for key in dim.keys)
 
     def __str__(self) -> str:
         dims = " ".join(map(str, self.dims)) or "-"
         return f"{self.role} {''.join(map(str, self.name))} {dims}" + (" exact" if self.exact else "")
-
-
-def dim_keys(dim: Dim) -> tuple[str, ...]:
-    """The axes that a dim holds, slowest first: a divided group is one axis of its own."""
-    if dim.divisor != 1:
-        return (str(dim),)
-    return tuple(str(factor) for factor in dim.factors)
 
 
 @lru_cache(maxsize=4096)
@@ -129,7 +128,7 @@ def parse_row(text: str) -> Row:
     end = fields[-1][1] if exact else len(text)
     row = Row(role, _name(text, name, name_at), _dims(text, fields[2][1], end), exact)
     seen: set[str] = set()
-    for axis in [*row.name_axes, *(key for dim in row.dims for key in dim_keys(dim))]:
+    for axis in [*row.name_axes, *(key for dim in row.dims for key in dim.keys)]:
         if axis in seen and axis != "1":  # two fixed sizes that are equal have no order in another layout
             at = text.rfind(axis.strip("()"), fields[2][1])
             at = at if at >= 0 else name_at

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from restow.boxes import Run, held, whole
 from restow.errors import UsageError
 from restow.layout import Sizes, axis_size
-from restow.notation import Row, dim_keys
+from restow.notation import Row
 
 Runs = tuple[tuple[Run, ...], ...]  # per dim: (start, length), in local order
 
@@ -64,8 +64,8 @@ def axis_runs(row: Row, sizes: Sizes, part: Mapping[str, Run]) -> Runs:
     """Runs per dim of one tensor of `row` whose axes are held in part: a cut `f` inside `(p f)` gives one run a `p`."""
     runs = []
     for dim in row.dims:
-        lengths = [axis_size(row, key, sizes) for key in dim_keys(dim)]
-        cuts = [part.get(key, (0, length)) for key, length in zip(dim_keys(dim), lengths, strict=True)]
+        lengths = [axis_size(row, key, sizes) for key in dim.keys]
+        cuts = [part.get(key, (0, length)) for key, length in zip(dim.keys, lengths, strict=True)]
         runs.append(_flatten(lengths, cuts))
     return tuple(runs)
 

@@ -21,7 +21,7 @@ from restow.adapter_keys import PREFIX
 from restow.adapter_read import Adapter, Pair, Plain
 from restow.errors import AdapterError, QuantizationError, show
 from restow.layout import Sizes, axis_size
-from restow.notation import Row, dim_keys
+from restow.notation import Row
 from restow.torch.adapter_factors import Block, Get, read_block
 
 MODULES = 4  # roles of modules whose blocks are kept: a file's tensors come in an order of its own
@@ -207,7 +207,7 @@ def leaves(goal: Experts, tensor: torch.Tensor, first: int) -> Iterator[tuple[di
     The tensor's dims are parted into the row's axes, which a view can always say.
     """
     row, sizes = goal.row, dict(goal.sizes)
-    keys = [key for dim in row.dims for key in dim_keys(dim)]
+    keys = [key for dim in row.dims for key in dim.keys]
     lengths = [axis_size(row, key, sizes) for key in keys]
     if goal.outer > 1:
         lengths[0] = tensor.shape[0]

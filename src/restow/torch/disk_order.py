@@ -19,7 +19,7 @@ from restow.errors import AmbiguousLayoutError, RestowError, UsageError, show
 from restow.family import Family
 from restow.landing import Experts, Wish
 from restow.layout import Layout, Sizes, axis_size
-from restow.notation import Row, dim_keys
+from restow.notation import Row
 from restow.opening import family_of
 from restow.prepare import prepare
 from restow.problems import merged
@@ -81,9 +81,9 @@ def disk_order(row: Row, source: Row, sizes: Sizes) -> tuple[int, ...]:
     A dim goes where its fastest axis is: what the source's names carry may lie anywhere, since names have no
     order in a file. Raises `UsageError` where the source's fastest axis cannot be the fastest in memory.
     """
-    dims = [_long(row, dim_keys(dim), sizes) for dim in row.dims]
+    dims = [_long(row, dim.keys, sizes) for dim in row.dims]
     places = {axis: i for i, axis in enumerate(source.name_axes)}
-    inner = _long(source, [key for dim in source.dims for key in dim_keys(dim)], sizes)
+    inner = _long(source, [key for dim in source.dims for key in dim.keys], sizes)
     places |= {axis: len(places) + i for i, axis in enumerate(inner)}
     if any(key not in places for keys in dims for key in keys):
         return tuple(range(len(dims)))  # a grid over other blocks: no order of the source's

@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from restow.boxes import strides_of
 from restow.errors import UsageError, show
 from restow.layout import Sizes, axis_size
-from restow.notation import Row, dim_keys
+from restow.notation import Row
 from restow.targets import Runs
 from restow.torch.storage import runs_at
 
@@ -152,7 +152,7 @@ def _same_dim(source: Row, dim: int, target: Row, sizes: Sizes) -> int | None:
     """The dim of `target` that holds the same axes as a dim of `source`, those of one element apart."""
 
     def axes(row: Row, i: int) -> list[str]:
-        return [key for key in dim_keys(row.dims[i]) if axis_size(row, key, sizes) != 1]
+        return [key for key in row.dims[i].keys if axis_size(row, key, sizes) != 1]
 
     wanted = axes(source, dim)
     return next((i for i in range(len(target.dims)) if axes(target, i) == wanted), None)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from restow.errors import ExpertShapeError, show
 from restow.layout import Sizes, axis_size, name_of, shape_of, solve_sizes
-from restow.notation import Row, dim_keys, parse_row
+from restow.notation import Row, parse_row
 from restow.torch.mixin_mesh import Spread, moved, numbers, one_expert
 from restow.torch.mixin_moves import Held, Index, fill, indices, views
 from restow.torch.storage import slot_of
@@ -47,7 +47,7 @@ def grouped(name: str, tensor: torch.Tensor, row: Row, sizes: Sizes) -> Grouped:
     """
     shape = tuple(tensor.shape)
     more = solve_sizes(row, shape, sizes)
-    dim = next(i for i, one in enumerate(row.dims) if "e" in dim_keys(one))
+    dim = next(i for i, one in enumerate(row.dims) if "e" in one.keys)
     if more is None:
         known = {axis: size for axis, size in sizes.items() if axis in row.axes}
         raise ExpertShapeError(

@@ -29,7 +29,7 @@ from restow.errors import (
 from restow.landing import Wish, chosen_experts
 from restow.layout import axis_size
 from restow.located import located
-from restow.notation import Row, dim_keys
+from restow.notation import Row
 from restow.prepare import Prepared
 from restow.problems import Problem
 from restow.quantized import scales_of
@@ -224,7 +224,7 @@ def source_names(prepared: Prepared) -> Names:
         row, whence = module.layout.row(role), source.layout.row(role)
         at = name_index(row, place, module.sizes)
         for dim, number in zip(row.dims, index, strict=True):
-            for key in reversed(dim_keys(dim)):
+            for key in reversed(dim.keys):
                 number, at[key] = divmod(number, axis_size(row, key, module.sizes))
         chosen = chosen_experts(prepared.wish.experts, source.path, source.sizes.get("e", 0))
         if chosen is not None and "e" in at:
