@@ -47,6 +47,7 @@ class Columns(NamedTuple):
 
 
 Known = dict[object, list[Columns]]
+_Key = str | tuple[str, int]  # a tensor's first piece by its name, a further one with its number
 
 
 def columns_of(made: Sequence[Move]) -> Columns:
@@ -80,7 +81,7 @@ class Draft:
         self.chosen = dict(chosen)
         self.target_ids = {name: i for i, name in enumerate(chosen)}
         self.parts: list[Part] = []
-        self.part_ids: dict[tuple[str, int], int] = {}
+        self.part_ids: dict[_Key, int] = {}
         self.patterns: dict[Pattern, int] = {}
         self.booked: list[_Booked] = []
         self.codings: dict[Coding, int] = {}
@@ -208,7 +209,7 @@ class Draft:
 
     def _parts(self, names: Sequence[str], pieces: Sequence[int]) -> list[int]:
         """The numbers of the parts that pieces of tensors are; new ones are made."""
-        keys = list(zip(names, pieces, strict=True))
+        keys = [(name, piece) if piece else name for name, piece in zip(names, pieces, strict=True)]
         if self.source.coded is None and not self.source.several and self.part_ids.keys().isdisjoint(keys):
             first = len(self.parts)
             self.parts += [
@@ -217,13 +218,16 @@ class Draft:
             ]
             self.part_ids.update(zip(keys, count(first)))
             return list(range(first, len(self.parts)))
-        return [self._part(*key) if key not in self.part_ids else self.part_ids[key] for key in keys]
+        return [
+            self.part_ids[key] if key in self.part_ids else self._part(key, name, piece)
+            for key, name, piece in zip(keys, names, pieces, strict=True)
+        ]
 
-    def _part(self, name: str, number: int) -> int:
+    def _part(self, key: _Key, name: str, number: int) -> int:
         """The number of a new part."""
         entry = self.source.tensors[name]
         piece = entry.pieces[number]
-        made = self.part_ids[name, number] = len(self.parts)
+        made = self.part_ids[key] = len(self.parts)
         coded = self.source.coded.get(name) if self.source.coded is not None else None
         if coded is None:
             self.parts.append(Part(name, entry.dtype, piece.file, piece.begin, piece.end))

@@ -56,6 +56,8 @@ def is_coded(plan: Plan, copy: Copy) -> bool:
 
 def parted(plan: Plan) -> tuple[Plan, Plan]:
     """The plan's plain copies and its coded ones, each as a plan."""
+    if not plan.codings:
+        return plan, replace(plan, copies=())
     plain = replace(plan, copies=tuple(copy for copy in plan.copies if not is_coded(plan, copy)))
     return plain, replace(plan, copies=tuple(copy for copy in plan.copies if is_coded(plan, copy)))
 

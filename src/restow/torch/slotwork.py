@@ -138,14 +138,16 @@ def _moves(
 ) -> tuple[Ints, list[list[Launch]], list[list[Run]]]:
     """The rows of all tables, and of each unit (a slot, or a batch of one) its launches and runs; `unit` has that of each
     tile, `slot` and `base` the slot and the address of each unit; `use` says whether the kernel is worth it."""
-    matrices = [
-        matrix_of(shape.sizes, shape.source, shape.strides)
-        if use
-        and shape.dtype == targets[shape.target].dtype
-        and usable(targets[shape.target].device, shape.dtype.itemsize)
-        else None
-        for shape in box.shapes
-    ]
+    known: dict[object, Matrix | None] = {}  # a shape is of one target, and layers have like ones
+    matrices: list[Matrix | None] = []
+    for shape in box.shapes:
+        into, key = targets[shape.target], shape[1:]
+        if not use or shape.dtype != into.dtype or not usable(into.device, shape.dtype.itemsize):
+            matrices.append(None)
+            continue
+        if key not in known:
+            known[key] = matrix_of(shape.sizes, shape.source, shape.strides)
+        matrices.append(known[key])
     home = [targets[shape.target].untyped_storage().data_ptr() for shape in box.shapes]
     counts = np.array([len(m.places) if m is not None else 0 for m in matrices], np.int64)
     rows_of = np.bincount(slot[unit], counts[box.shape])  # a table that is too long is none

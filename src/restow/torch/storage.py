@@ -43,6 +43,7 @@ class Slots(NamedTuple):
     buffers: tuple[str, ...]
 
 
+@torch.no_grad()  # a local tensor is asked of each DTensor, and autograd would take most of the time that it takes
 def slots_of(into: Into, *, meta: bool = False) -> Slots:
     """The slots of a module, of a list of them, or of a mapping. `meta=True` admits meta tensors."""
     slots: dict[str, Slot] = {}
