@@ -5,8 +5,9 @@
 Prints one table of rates and ratios, checks every value, and exits 1 if a peer could not be measured or a bar is missed.
 A second table takes the load apart, by the same plan and slots: what comes before the first read, the pump with only its
 reads, only its raw copies, only its launches, in pairs, and all of it, with the kernel and with torch's copies alone.
-Peers: safetensors' own loader to the device, torch DCP's Hugging Face reader into strided views. Limits: pinned copies
-host to device, page cache to pinned memory, copies on the device.
+Peers: safetensors' own loader to the device, torch DCP's Hugging Face reader into strided views; fastsafetensors and NVIDIA's
+model streamer (runai_model_streamer) where they are installed. Limits: pinned copies host to device, page cache to pinned
+memory, copies on the device.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -281,11 +283,8 @@ def on_device(state: dict[str, torch.Tensor], layers: int) -> tuple[list[tuple[s
     return [(what, 1000 * took, f"{total / took / 1e9:.0f}") for what, took in found], rate
 
 
-def dcp_load(folder: Path, state: dict[str, torch.Tensor], threads: int) -> None:
-    """torch DCP's reader into per-expert strided views of the grouped tensors."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-
+def views_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The grouped tensors expert by expert, as the files have them."""
     views = {}
     for name, tensor in state.items():
         at = name.rpartition(".")[0]
@@ -295,6 +294,61 @@ def dcp_load(folder: Path, state: dict[str, torch.Tensor], threads: int) -> None
             else:
                 views[f"{at}.{e}.gate_proj.weight"] = tensor[e, :, :F].t()
                 views[f"{at}.{e}.up_proj.weight"] = tensor[e, :, F:].t()
+    return views
+
+
+def fast(files: list[str], views: dict[str, torch.Tensor] | None) -> None:
+    """fastsafetensors' loader by pinned buffers, and its tensors into the grouped ones if there are `views`."""
+    from fastsafetensors import SafeTensorsFileLoader
+
+    loader = SafeTensorsFileLoader(None, "cuda:0", nogds=True)
+    loader.add_filenames({0: files})
+    buffers = loader.copy_files_to_device()
+    for name in loader.get_keys():
+        tensor = buffers.get_tensor(name)
+        if views is not None:
+            views[name].copy_(tensor)
+    torch.cuda.synchronize()
+    buffers.close()
+    loader.close()
+
+
+def runai(files: list[str], views: dict[str, torch.Tensor] | None) -> None:
+    """NVIDIA's model streamer, a tensor to the device as it arrives, or into its place if there are `views`."""
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files(files)
+        kept = []
+        for name, tensor in streamer.get_tensors():
+            if views is None:
+                kept.append(tensor.to("cuda"))
+            else:
+                views[name].copy_(tensor)
+
+
+def others(files: list[str], state: dict[str, torch.Tensor], layers: int) -> list[tuple[str, float]]:
+    """(what, seconds) of the peers that are installed: their tensors as they are, and brought into the grouped ones."""
+    found = []
+    for name, module, call in (("fastsafetensors", "fastsafetensors", fast),
+                               ("runai streamer", "runai_model_streamer", runai)):  # fmt: skip
+        if find_spec(module) is None:
+            continue
+        found.append((f"{name}, tensors as in the files", timed(lambda: call(files, None), 3)))  # noqa: B023
+        for tensor in state.values():
+            tensor.fill_(-1)
+        views = views_of(state)
+        found.append((f"{name}, into the grouped tensors", timed(lambda: call(files, views), 3)))  # noqa: B023
+        check(state, layers)
+    return found
+
+
+def dcp_load(folder: Path, state: dict[str, torch.Tensor], threads: int) -> None:
+    """torch DCP's reader into per-expert strided views of the grouped tensors."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    views = views_of(state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(
@@ -345,6 +399,9 @@ def main() -> int:
         rows.append(("safetensors load_file(device='cuda')", total / seconds / 1e9))
         seconds = timed(lambda: dcp_load(folder, state, 4), 1)
         rows.append(("torch DCP reader into strided views, 4 threads", total / seconds / 1e9))
+        rows += [
+            (what, total / took / 1e9) for what, took in others(list(map(str, files)), state, words.layers)
+        ]
     name = torch.cuda.get_device_name()
     text = [f"{name}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
             f"{total / 1e9:.2f} GB in {words.layers} files, page cache warm, {default_threads()} default threads",

@@ -18,6 +18,10 @@ comes" is the peer with the allocator that everybody has; the bar is against tha
     dcp                         torch's HuggingFaceStorageReader into views of the grouped tensors, one per expert
     transformers                from_pretrained of a model of one layer: fused
     load_file                   safetensors.torch.load_file, which maps, and copies from it into the fused tensors
+    fastsafetensors             its loader to the CPU, and copies from its buffers into the fused tensors
+    runai streamer              its tensors as they arrive, and copies of them into the fused tensors
+
+The last two are measured where they are installed; they belong to no extra.
 
 "preadv" is no loader: it knows no names, and puts the experts' bytes down as they come. It says how far a load is from
 what its reads alone cost.
@@ -38,7 +42,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, cast
@@ -204,18 +209,45 @@ def transformers(case: Case, room: Pair, threads: int) -> Pair:
     return experts.gate_up_proj.detach(), experts.down_proj.detach()
 
 
+def put(case: Case, room: Pair, tensors: Iterable[tuple[str, torch.Tensor]]) -> Pair:
+    """Copy the experts' tensors into the fused ones, one after another."""
+    both, down = room
+    for name, tensor in tensors:
+        if not name.startswith(EXPERTS):
+            continue
+        number, word = name[len(EXPERTS) + 1 :].split(".")[:2]
+        half = slice(case.f) if word == "gate_proj" else slice(case.f, None)
+        (down[int(number)] if word == "down_proj" else both[int(number), half]).copy_(tensor)
+    return room
+
+
 def plain(case: Case, room: Pair, threads: int) -> Pair:
     """`load_file` maps the files: the bytes move when they are copied, here into the fused tensors."""
     torch.set_num_threads(1)
-    both, down = room
-    for shard in shards(case):
-        for name, tensor in load_file(shard).items():
-            if not name.startswith(EXPERTS):
-                continue
-            number, word = name[len(EXPERTS) + 1 :].split(".")[:2]
-            half = slice(case.f) if word == "gate_proj" else slice(case.f, None)
-            (down[int(number)] if word == "down_proj" else both[int(number), half]).copy_(tensor)
+    return put(case, room, (item for shard in shards(case) for item in load_file(shard).items()))
+
+
+def fast(case: Case, room: Pair, threads: int) -> Pair:
+    from fastsafetensors import SafeTensorsFileLoader
+
+    torch.set_num_threads(threads)
+    loader = SafeTensorsFileLoader(None, "cpu", nogds=True, max_threads=threads)
+    loader.add_filenames({0: list(map(str, shards(case)))})
+    buffers = loader.copy_files_to_device()
+    put(case, room, ((name, buffers.get_tensor(name)) for name in loader.get_keys()))
+    buffers.close()
+    loader.close()
     return room
+
+
+def runai(case: Case, room: Pair, threads: int) -> Pair:
+    from runai_model_streamer import SafetensorsStreamer
+
+    torch.set_num_threads(1)
+    os.environ["RUNAI_STREAMER_CONCURRENCY"] = str(threads)
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files(list(map(str, shards(case))), owned=False)
+        return put(case, room, streamer.get_tensors())
 
 
 WAYS: Mapping[str, tuple[str, Way]] = {
@@ -227,6 +259,8 @@ WAYS: Mapping[str, tuple[str, Way]] = {
     "dcp": ("grouped", dcp),
     "transformers": ("fused", transformers),
     "load_file": ("fused", plain),
+    **({"fastsafetensors": ("fused", fast)} if find_spec("fastsafetensors") else {}),
+    **({"runai streamer": ("fused", runai)} if find_spec("runai_model_streamer") else {}),
 }
 BARE = ("restow grouped", "nemo")
 LIMIT, PIECE = "preadv", 16 << 20

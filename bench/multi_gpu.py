@@ -468,6 +468,7 @@ def main(words: argparse.Namespace) -> int:
     if not words.cpu:  # small sizes say nothing about speed
         bars.append(speed)
     lines, good = verdicts(bars)
+    lines.append(f"      {first.name}: rate, of page cache to host alone: {took / together:.3f}")
     kind = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     head = ["", "seconds", "GB/s", "GB/s a rank", "read / own", "read / checkpoint", "extra MiB", "exact"]
     text = [f"# {world} x {kind}, {os.cpu_count()} cores, torch {torch.__version__}", "",

@@ -181,9 +181,13 @@ class Draft:
                 sections=[("tensor", [show(name)])],
                 hint="only expert weights may be held in part as plain tensors; use a DTensor for others",
             )
-        source = Side(row, _plain_sizes(entry.shape), (pieces_of(entry),))
-        side = Side(row, _plain_sizes(target.shape), ((target.runs,),))
-        self._book(self._moves(source, side, take), [source_name], [name])
+        pieces = pieces_of(entry)
+        found = self.known.setdefault((pieces, entry.shape, target.shape, target.runs, take), [])
+        if not found:  # most are like another, and need no sides
+            source = Side(row, _plain_sizes(entry.shape), (pieces,))
+            side = Side(row, _plain_sizes(target.shape), ((target.runs,),))
+            found.append(self._moves(source, side, take))
+        self._book(found[0], [source_name], [name])
 
     def _owner(self, router: str) -> str:
         """The experts module that a router tensor belongs to: the one below the longest common path."""

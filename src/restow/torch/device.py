@@ -17,6 +17,7 @@ import torch
 from restow.plans import Plan
 from restow.torch.across import COLUMNS
 from restow.torch.coded_slots import decodable, is_coded
+from restow.torch.driver import Driver, driver
 from restow.torch.ledger import Ledger
 from restow.torch.packing import LARGE, SHARE, Piece
 from restow.torch.pump import Fill, Lane, pump
@@ -59,8 +60,8 @@ def run_on_device(
     readers = min(threads, PINNED // size)
     with ExitStack() as stack:
         files = Files(stack, root, stamps)
-        way = (lane or Streams)(device, readers, size)
-        coded = any(is_coded(plan, copy) for copy in plan.copies)
+        way = (lane or streams)(device, readers, size)
+        coded = bool(plan.codings) and any(is_coded(plan, copy) for copy in plan.copies)
         scratch = way.there.pop() if coded else None  # one slot less
         job = prepared(plan, tensors, way.there, share=way.trays[0].numel(), scratch=scratch)
         ledger = Ledger()
@@ -79,6 +80,12 @@ def filling(files: Files) -> Fill:
         return done
 
     return fill
+
+
+def streams(device: torch.device, trays: int, size: int) -> Streams:
+    """The way to a CUDA device: by its driver where that has what is needed, else by torch."""
+    calls = driver()
+    return Streams(device, trays, size) if calls is None else Driven(calls, device, trays, size)
 
 
 class Streams:
@@ -136,3 +143,30 @@ class Streams:
 
     def finish(self) -> None:
         torch.cuda.synchronize(self._device)
+
+
+class Driven(Streams):
+    """The same, but what a reader does for each share goes to the driver itself, which keeps the interpreter."""
+
+    def __init__(self, calls: Driver, device: torch.device, trays: int, size: int) -> None:
+        super().__init__(device, trays, size)
+        self._calls = calls
+        for event in self._gone:
+            event.record(self._moving)  # an event has a handle from its first use on
+        self._events = [event.cuda_event for event in self._gone]
+        self._handles = [stream.cuda_stream for stream in self._sending]
+        self._from, self._to = ([one.data_ptr() for one in buffers] for buffers in (self.trays, self.there))
+
+    def left(self, tray: int) -> None:
+        event = self._events[tray]
+        if self._calls.query(event):
+            self._check(self._calls.wait(event))
+
+    def send(self, tray: int, size: int, slot: int, at: int) -> None:
+        stream = self._handles[slot]
+        self._check(self._calls.copy(self._to[slot] + at, self._from[tray], size, stream))
+        self._check(self._calls.record(self._events[tray], stream))
+
+    def _check(self, error: int) -> None:
+        if error:
+            raise RuntimeError(f"the CUDA driver says error {error} to a copy to {self._device}")
