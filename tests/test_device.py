@@ -24,6 +24,7 @@ from restow.errors import IntegrityError, TruncatedFileError, UsageError
 from restow.plans import Plan
 from restow.torch import device, slotwork
 from restow.torch.across import WORD, launches, matrix_of
+from restow.torch.driver import driver
 from restow.torch.packing import ALIGN, SHARE, Packed, Piece, packed
 from restow.torch.pump import pump
 from restow.torch.read import run_plan
@@ -439,3 +440,24 @@ def test_the_kernel_moves_what_torch_moves(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[-1]) > 10
+
+
+def test_without_cuda_there_is_no_driver() -> None:
+    driver.cache_clear()
+    if torch.version.cuda is None:
+        assert driver() is None
+    else:
+        assert driver() is None or all(call.restype is not None for call in driver() or ())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_driver_sends_what_torch_sends(tmp_path: Path) -> None:
+    plan, found = restow.plan(opened(tmp_path, model=SMALL), layout="grouped"), []
+    for lane in (device.Streams, device.streams):
+        into = {name: tensor.cuda() for name, tensor in blank(plan, torch.bfloat16).items()}
+        device.run_on_device(plan, into, root=str(tmp_path), stamps={}, threads=3, lane=lane)
+        found.append({name: tensor.cpu() for name, tensor in into.items()})
+    assert type(device.streams(torch.device("cuda", 0), 1, TRAY)) is device.Driven
+    assert differing(*found) == []
+    with pytest.raises(RuntimeError, match=r"^the CUDA driver says error \d+ to a copy to cuda:0$"):
+        device.Driven(driver()._replace(copy=lambda *_: 1), torch.device("cuda", 0), 1, TRAY).send(0, 1, 0, 0)
