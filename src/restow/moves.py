@@ -8,14 +8,13 @@ axes or sizes differ, and raises `CoverageError` where a destination element wou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import NamedTuple
 
 from restow.boxes import Box, Run, boxes_of, held, overlap, strides_of
 from restow.errors import CoverageError, RolesError, ShapeMismatchError
-from restow.layout import axis_size
+from restow.layout import Sizes, axis_size
 from restow.notation import Row
 
 Frozen = tuple[tuple[str, int], ...]  # sizes as sorted pairs, so that they can be a key
@@ -69,20 +68,36 @@ def moves(source: Side, target: Side, take: tuple[tuple[str, tuple[int, ...]], .
     maps = dict(take)
     maps.update(_label_map(source.row, target.row))
     _check(source, target, maps)
-    sizes = dict(target.sizes)
+    there, here = _Boxes(source), _Boxes(target)
+    digits = _digits(target.row, here.sizes)
     found: list[Move] = []
-    name_lengths = [axis_size(target.row, axis, sizes) for axis in target.row.name_axes]
-    for position, index in enumerate(product(*map(range, name_lengths))):
+    for position, index in enumerate(product(*map(range, here.lengths))):
         if not target.held[position]:
             continue
         (runs,) = target.held[position]
         fixed = {axis: (i, 1) for axis, i in zip(target.row.name_axes, index, strict=True)}
         made: list[Move] = []
-        for box in boxes_of(target.row, sizes, runs):
-            made += _fill(source, box, fixed, position, maps)
-        _prove(target, position, runs, made)
+        for box in here.of(runs)[0]:
+            made += _fill(there, box, fixed, position, maps)
+        _prove(target, digits, position, runs, made)
         found += made
     return tuple(found)
+
+
+class _Boxes:
+    """A side's boxes, worked out once for all tensors of which the same runs are held, and its sizes."""
+
+    def __init__(self, side: Side) -> None:
+        self.side, self.sizes = side, dict(side.sizes)
+        self.lengths = [axis_size(side.row, axis, self.sizes) for axis in side.row.name_axes]
+        self._known: dict[Runs, tuple[tuple[Box, ...], tuple[int, ...]]] = {}
+
+    def of(self, runs: Runs) -> tuple[tuple[Box, ...], tuple[int, ...]]:
+        """The boxes of a tensor of which these runs are held, and the strides of its local storage."""
+        found = self._known.get(runs)
+        if found is None:
+            found = self._known[runs] = boxes_of(self.side.row, self.sizes, runs), strides_of(held(runs))
+        return found
 
 
 def _label_map(source: Row, target: Row) -> dict[str, tuple[int, ...]]:
@@ -126,7 +141,7 @@ class _Span(NamedTuple):
 
 
 def _fill(
-    source: Side, box: Box, fixed: Mapping[str, Run], position: int, maps: Mapping[str, Sequence[int]]
+    source: _Boxes, box: Box, fixed: Mapping[str, Run], position: int, maps: Mapping[str, Sequence[int]]
 ) -> list[Move]:
     ranges: dict[str, Run] = dict(fixed)
     ranges.update(zip(box.axes, box.runs, strict=True))
@@ -151,11 +166,9 @@ def _spans(run: Run, mapping: Sequence[int] | None) -> list[_Span]:
     return spans
 
 
-def _from_source(source: Side, box: Box, spans: Mapping[str, _Span], position: int) -> list[Move]:
-    row, sizes = source.row, dict(source.sizes)
+def _from_source(source: _Boxes, box: Box, spans: Mapping[str, _Span], position: int) -> list[Move]:
     places = dict(zip(box.axes, zip((run[0] for run in box.runs), box.steps, strict=True), strict=True))
-    named = row.name_axes
-    lengths = [axis_size(row, axis, sizes) for axis in named]
+    named = source.side.row.name_axes
     outer = [spans.get(axis, _Span(0, 0, 1)) for axis in named]
     there = [  # which name axes lie in the destination: dim, step, and what comes before the first index
         (i, dim, step, span.target - first)
@@ -167,13 +180,14 @@ def _from_source(source: Side, box: Box, spans: Mapping[str, _Span], position: i
     templates: dict[object, list[tuple[int, tuple[int, ...], Pattern]]] = {}
     for offsets in product(*(range(span.length) for span in outer)):
         flat = 0
-        for offset, span, length in zip(offsets, outer, lengths, strict=True):
+        for offset, span, length in zip(offsets, outer, source.lengths, strict=True):
             flat = flat * length + span.source + offset
-        for piece, runs in enumerate(source.held[flat]):
+        for piece, runs in enumerate(source.side.held[flat]):
             if runs not in templates:
-                templates[runs] = [_cut(inner, held(runs), spans, places, box)
-                                   for inner in boxes_of(row, sizes, runs)
-                                   if _meets(inner, spans)]  # fmt: skip
+                boxes, strides = source.of(runs)
+                templates[runs] = [
+                    _cut(inner, strides, spans, places, box) for inner in boxes if _meets(inner, spans)
+                ]
             for at, start, pattern in templates[runs]:
                 moved = list(start)
                 for i, dim, step, before in there:
@@ -192,13 +206,12 @@ def _meets(inner: Box, spans: Mapping[str, _Span]) -> bool:
 
 def _cut(
     inner: Box,
-    local: tuple[int, ...],
+    strides: tuple[int, ...],
     spans: Mapping[str, _Span],
     places: Mapping[str, tuple[int, tuple[int, int]]],
     box: Box,
 ) -> tuple[int, tuple[int, ...], Pattern]:
     """One source box against one destination box: the first element, the local place, and the pattern."""
-    strides = strides_of(local)
     at = sum(start * stride for start, stride in zip(inner.start, strides, strict=True))
     moved = list(box.start)
     axes: list[tuple[int, int, tuple[int, int]]] = []
@@ -218,14 +231,13 @@ def _cut(
     )  # fmt: skip
 
 
-def _prove(target: Side, position: int, runs: Runs, made: Sequence[Move]) -> None:
+def _prove(target: Side, digits: Digits, position: int, runs: Runs, made: Sequence[Move]) -> None:
     """Exactly once: every move decoded from its final integers into a box of axes; volumes, bounds, no overlap."""
     local = held(runs)
     alike: dict[int, list[Move]] = {}  # moves share few patterns
     for move in made:
         alike.setdefault(id(move.pattern), []).append(move)
     volume = sum(len(these) * prod(these[0].pattern.sizes) for these in alike.values())
-    digits = _digits(target.row, target.sizes)
     boxes = [box for these in alike.values() for box in decode(digits, runs, these)]
     outside = len(made) - len(boxes)
     clash = overlap(boxes)
@@ -291,7 +303,6 @@ def _read_back(
     return None if steps else tuple(found)
 
 
-@lru_cache(maxsize=256)
-def _digits(row: Row, sizes: Frozen) -> Digits:
-    lengths = [[axis_size(row, key, dict(sizes)) for key in spec.keys] for spec in row.dims]
+def _digits(row: Row, sizes: Sizes) -> Digits:
+    lengths = [[axis_size(row, key, sizes) for key in spec.keys] for spec in row.dims]
     return tuple(tuple(zip(dim, strides_of(dim), strict=True)) for dim in lengths)
