@@ -5,10 +5,14 @@ usage: python bench/integrity.py [--small] [--rounds N] [--layers N] [--save FIL
 The checkpoint is that of bench/convert.py (four layers in the shape of Qwen3-30B-A3B, 4.9 GB, or `--layers`).
 
     convert       with every digest of tensors and leaves, and without any: nothing else differs, values are looked at
-                  in both. Both take turns, each in a process of its own, source in the page cache and free memory
-                  touched, as in bench/convert.py; the cost is the median over the rounds of (with / without) - 1.
-                  For information: how the seconds of the process's work on all cores (user and system) compare; and,
-                  in one round, a third conversion without digests that does not look at values either
+                  in both. Both take turns in one process, after one conversion that is not counted: each gets the
+                  memory that the one before has left. The cost is the median over the rounds of (with / without) - 1,
+                  beside it the smallest and the largest. Source and target lie in memory (tmpfs) first, then on
+                  the disk, the source in the page cache and free memory touched as in bench/convert.py. The bar is
+                  judged in memory, where little but the digests differs from turn to turn, and on the disk only where
+                  memory has no room: a disk's own seconds scatter by more than the bar. For information: how the
+                  seconds of work on all cores (user and system) compare; and, in one round, a third conversion
+                  without digests that does not look at values either
     verify        of a folder with a manifest, its files evicted from the page cache (posix_fadvise) before each run,
                   beside plain reads of the same evicted files by 1, 2 and 4 threads, the best of which counts; all
                   take turns, and the rates are medians
@@ -20,6 +24,7 @@ Exits 1 if a bar is missed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -27,9 +32,11 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import convert as full
 from _common import child, machine, table, verdicts
@@ -37,37 +44,72 @@ from _common import child, machine, table, verdicts
 WAYS = ("fused", "grouped")
 BARS = {"convert": 0.15, "verify": 0.8, "fingerprint": 0.3}
 ARMS = ("all", "no digests", "neither")
+MEMORY = Path("/dev/shm")  # a file system in memory, where there is one
 BLOCK = 8 << 20
+
+Runs = dict[str, list[dict[str, float]]]  # by arm
 
 
 class Cost(NamedTuple):
-    """Of conversions to one layout: the best seconds of each arm, the digests' median cost in time and in work."""
+    """Of conversions to one layout in one place: median seconds of each arm, and what digests cost in time and in work."""
 
+    place: str
     to: str
     seconds: tuple[float, ...]
     cost: float
+    least: float
+    most: float
     work: float
     both: float  # the cost in time of digests and looks at the values
 
 
-def converted(source: Path, target: Path, to: str, arm: str) -> dict[str, float]:
-    """Seconds of one conversion in this process, and of its work on all cores; `arm` is one of `ARMS`."""
-    import restow
+@contextlib.contextmanager
+def without(arm: str) -> Iterator[None]:
+    """Conversions in the block do what an arm of `ARMS` says."""
     from restow.torch import convert as converting
     from restow.torch.digesting import Digests
     from restow.torch.passing import Passing
 
+    off: dict[tuple[object, str], object] = {}
     if arm != "all":
-        Passing.look = lambda self, part, begin, data: None  # type: ignore[method-assign]
-        Digests._digest = lambda self, block: None  # type: ignore[method-assign]
-        converting.note_of = lambda file, digests: {}
+        off[Passing, "look"] = lambda self, part, begin, data: None
+        off[Digests, "_digest"] = lambda self, block: None
+        off[converting, "note_of"] = lambda file, digests: {}
     if arm == "neither":
-        Digests._pass = lambda self, filled: None  # type: ignore[method-assign]
-    full.settle(source)
-    started, before = time.perf_counter(), os.times()
-    restow.convert(source, target, to=to)
-    seconds, after = time.perf_counter() - started, os.times()
+        off[Digests, "_pass"] = lambda self, filled: None
+    before = {(owner, name): getattr(owner, name) for owner, name in off}
+    for (owner, name), call in off.items():
+        setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        for (owner, name), call in before.items():
+            setattr(owner, name, call)
+
+
+def converted(source: Path, target: Path, to: str, arm: str) -> dict[str, float]:
+    """Seconds of one conversion in this process, and of its work on all cores; what it wrote is removed."""
+    import restow
+
+    with without(arm):
+        started, before = time.perf_counter(), os.times()
+        restow.convert(source, target, to=to)
+        seconds, after = time.perf_counter() - started, os.times()
+    shutil.rmtree(target)
     return {"seconds": seconds, "work": after.user + after.system - before.user - before.system}
+
+
+def turns(source: Path, target: Path, to: str, rounds: int, on_disk: bool) -> Runs:
+    """The conversions of one process."""
+    runs: Runs = {arm: [] for arm in ARMS}
+    if on_disk:
+        full.settle(source)
+    converted(source, target, to, "all")
+    for i in range(rounds):
+        for arm in ARMS if i == 0 else ARMS[:2][:: 1 - 2 * (i % 2)]:
+            os.sync()
+            runs[arm].append(converted(source, target, to, arm))
+    return runs
 
 
 def evict(folder: Path) -> None:
@@ -101,23 +143,28 @@ def read(folder: Path, threads: int) -> float:
     return took
 
 
-def cost_of_digests(root: Path, rounds: int) -> list[Cost]:
+def cost_of_digests(root: Path, place: str, rounds: int) -> list[Cost]:
+    """Conversions of `root`'s source, each layout's in a process of its own."""
     found = []
     for to in WAYS:
-        runs: dict[str, list[dict[str, object]]] = {arm: [] for arm in ARMS}
-        for i in range(rounds):
-            for arm in ARMS if i == 0 else ARMS[:2][:: 1 - 2 * (i % 2)]:
-                runs[arm].append(child(__file__, "--one", root / "source", root / "out", to, arm))
-                shutil.rmtree(root / "out")
+        runs: Any = child(__file__, "--turns", root / "source", root / "out", to, rounds, place)
 
-        def added(to_what: str, what: str, runs: dict[str, list[dict[str, object]]] = runs) -> float:
-            pairs = zip(runs["all"], runs[to_what], strict=False)
-            return statistics.median(float(str(a[what])) / float(str(b[what])) - 1 for a, b in pairs)
+        def added(to_what: str, what: str, runs: Runs = runs) -> list[float]:
+            return [a[what] / b[what] - 1 for a, b in zip(runs["all"], runs[to_what], strict=False)]
 
-        best = tuple(min(float(str(run["seconds"])) for run in runs[arm]) for arm in ARMS)
-        costs = added("no digests", "seconds"), added("no digests", "work"), added("neither", "seconds")
-        found.append(Cost(to, best, *costs))
+        middle = tuple(statistics.median(run["seconds"] for run in runs[arm]) for arm in ARMS)
+        costs, work = added("no digests", "seconds"), statistics.median(added("no digests", "work"))
+        both = statistics.median(added("neither", "seconds"))
+        found.append(Cost(place, to, middle, statistics.median(costs), min(costs), max(costs), work, both))
     return found
+
+
+def in_memory(size: dict[str, int]) -> bool:
+    """Whether a file system in memory has room for a source and what is made of it, and memory for all of it."""
+    need = 3 * sum(2 * prod(shape) for _, shape in full.tensors(size))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, free) >= need
 
 
 def cold(folder: Path, rounds: int) -> tuple[dict[int, float], float]:
@@ -173,37 +220,53 @@ def prints(rounds: int, small: bool) -> list[tuple[str, float, float]]:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     options.add_argument("--small", action="store_true", help="a few MB: whether it runs, not how fast")
-    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--layers", type=int, default=full.FULL["layers"])
     options.add_argument("--save", type=Path)
     options.add_argument("--folder", type=Path)
-    options.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    options.add_argument("--turns", nargs=5, help=argparse.SUPPRESS)
     asked = options.parse_args()
-    if asked.one:
-        source, target, to, arm = asked.one
-        print(json.dumps(converted(Path(source), Path(target), to, arm)))
+    if asked.turns:
+        source, target, to, count, place = asked.turns
+        print(json.dumps(turns(Path(source), Path(target), to, int(count), place == "disk")))
         return 0
     import restow
 
     rounds = 1 if asked.small else asked.rounds
-    root = Path(tempfile.mkdtemp(prefix="restow-integrity-", dir=asked.folder))
-    try:
-        full.write(root / "source", full.SMALL if asked.small else {**full.FULL, "layers": asked.layers})
-        costs = cost_of_digests(root, rounds)
+    size = full.SMALL if asked.small else {**full.FULL, "layers": asked.layers}
+    costs: list[Cost] = []
+    if in_memory(size):
+        with tempfile.TemporaryDirectory(prefix="restow-integrity-", dir=MEMORY) as name:
+            full.write(Path(name) / "source", size)
+            costs += cost_of_digests(Path(name), "memory", rounds)
+    with tempfile.TemporaryDirectory(prefix="restow-integrity-", dir=asked.folder) as name:
+        root = Path(name)
+        full.write(root / "source", size)
+        costs += cost_of_digests(root, "disk", rounds)
         restow.convert(root / "source", root / "checked", to="fused")
         reads, verified = cold(root / "checked", rounds)
-    finally:
-        shutil.rmtree(root)
     sums = prints(rounds, asked.small)
     best = max(reads.values())
-    bars = [(f"digests added to a conversion to {one.to}", one.cost, "<=", BARS["convert"]) for one in costs]
+    judged = costs[0].place
+    bars = [(f"digests added to a conversion to {one.to}, {judged}", one.cost, "<=", BARS["convert"])
+            for one in costs if one.place == judged]  # fmt: skip
+    told = (
+        f"{one.to} {one.cost:+.1%} ({one.least:+.0%} to {one.most:+.0%})"
+        for one in costs
+        if one.place != judged
+    )
+    others = "; to the disk, whose seconds scatter without digests too: " * (
+        len(costs) > len(WAYS)
+    ) + ", ".join(told)
     bars.append(("verify, of the best cold read", verified / best, ">=", BARS["verify"]))
     bars += [(f"fingerprint of {name}, of memcpy", b / a, ">=", BARS["fingerprint"]) for name, a, b in sums]
     lines, good = verdicts(bars)
     parts = [
         f"# Integrity\n\n{machine()}{', --small' if asked.small else ''}; {rounds} rounds",
-        table(["convert to", "s with digests", "s without", "s without looks either", "cost of digests", "of their work",
-               "of both"], [(one.to, *(f"{s:.2f}" for s in one.seconds), *(f"{c:.1%}" for c in one[2:])) for one in costs]),
+        table(["convert to", "s with digests", "s without", "s without looks either", "cost of digests", "from", "to",
+               "of their work", "of both"],
+              [(f"{one.to}, {one.place}", *(f"{s:.2f}" for s in one.seconds), *(f"{c:.1%}" for c in one[3:])) for one in costs]),
+        f"Medians of pairs by turns. The bar is judged in {judged}{others}.",
         table(["cold", "GB/s"], [*((f"read, {n} threads", f"{rate:.2f}") for n, rate in reads.items()),
                                  ("verify PATH", f"{verified:.2f}")]),
         table(["in memory", "copy GB/s", "fingerprint GB/s"], [(n, f"{a:.2f}", f"{b:.2f}") for n, a, b in sums]),

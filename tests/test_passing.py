@@ -42,6 +42,22 @@ def test_leaves_pass_by_in_order(
     assert manifest(tmp_path / "b")["leaves"] == leaves(SMALL)
 
 
+def test_views_are_made_of_one_tensor_of_a_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others are known by their names: a reader that makes views of each holds up every other thread."""
+    real, made = passing.leaf_views, []
+
+    def leaf_views(owner: Any, *what: Any) -> Any:
+        made.append(owner[:2])
+        return real(owner, *what)
+
+    monkeypatch.setattr(passing, "leaf_views", leaf_views)
+    SMALL.written(tmp_path / "a", "split")
+    restow.convert(tmp_path / "a", tmp_path / "b", to="grouped", threads=1)
+    assert manifest(tmp_path / "b")["leaves"] == leaves(SMALL)
+    paths = [f"model.layers.{layer}.mlp.experts" for layer in range(SMALL.layers)]
+    assert sorted(made) == sorted((path, role) for path in paths for role in ("in", "out"))
+
+
 def test_chosen_experts(tmp_path: Path, given: list[bool]) -> None:
     SMALL.written(tmp_path / "a", "split")
     experts = [7, 0, 11]

@@ -1,7 +1,7 @@
 """Every digest of a conversion, and what its values show, made from the chunks that are written, by a thread of its own.
 
 While one thread writes a chunk another passes over it once, block by block: what has left the cache costs four times
-as much to hash as what is there, so a block is hashed for its tensor and for its leaves, and looked at, before the next
+as much to hash as what is there, so a block is looked at, and hashed for its tensor and for its leaves, before the next
 is touched. A sum of each file, if that is asked for, is made by a third. It rejects what `digests` rejects.
 """
 
@@ -86,8 +86,8 @@ class Digests:
     def _take(self, block: Block) -> None:
         if block.begin == 0:
             self._views = self._views_of(block.filled)
+        self._look(block)  # first: a largest value is found as fast as memory comes, a hash waits for it
         self._digest(block)
-        self._look(block)
 
     def _views_of(self, filled: Filled) -> list[LeafView]:
         """The leaves that a slice holds something of."""

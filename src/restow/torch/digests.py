@@ -65,8 +65,8 @@ class Leaves:
         whole = filled.slice.offset == 0 and tensor.numel() == prod(target.shape)
         pieces = Counter(view.key for view in views)
         told: list[tuple[LeafView, str]] = []
+        sizes = whole_sizes(self._modules[owner[0]], views[0]) if views else (0, 0)  # those of all
         for view in views:
-            sizes = whole_sizes(self._modules[owner[0]], view)
             self.places[view.key] = (owner[0], view.leaf)
             if whole and view.matrix.numel() == tensor.numel() and view.matrix.is_contiguous():
                 self._whole = view.key

@@ -9,21 +9,24 @@ several threads, cut into pieces) has none, and is hashed out of what is written
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from sys import maxsize
 from threading import Lock
 from typing import NamedTuple
 
 import torch
 import xxhash
 
+from restow.boxes import whole
 from restow.landing import chosen_experts
-from restow.module import owners_of
+from restow.module import Owner, owners_of
 from restow.plans import Part
 from restow.prepare import Prepared
-from restow.targets import Target, whole_target
+from restow.targets import Target
 from restow.torch.dtypes import torch_dtype
 from restow.torch.leafviews import inner_axes, leaf_views, whole_sizes
-from restow.torch.leaves import Leaf
+from restow.torch.leaves import Leaf, name_index
 
 Place = tuple[str, Leaf]  # module path, leaf
 
@@ -59,6 +62,7 @@ class Passing:
             and len(source.tensors[name].pieces) == 1
         }
         self._spans: dict[str, list[_Span]] = {}
+        self._alike: dict[tuple[str, str, tuple[int, ...], str], list[_Span]] = {}  # of a role's first tensor
         self._running: dict[Place, _Running] = {}
         self._found: dict[Place, tuple[str, str]] = {}  # digest, dtype
         self._lock = Lock()
@@ -67,7 +71,7 @@ class Passing:
         """Bytes of a source tensor as they lie in its file, from byte `begin` of the tensor."""
         spans = self._spans_of(part.name)
         end = begin + len(data)
-        for i in range(max(0, bisect_right(spans, begin, key=lambda span: span.begin) - 1), len(spans)):
+        for i in range(max(0, bisect_right(spans, (begin, maxsize)) - 1), len(spans)):
             span = spans[i]
             if span.begin >= end:
                 return
@@ -115,16 +119,27 @@ class Passing:
         owner = self._owners.get(name)
         if owner is None:
             return []
+        path, role, place = owner
+        module, entry = self._prepared.source.modules[path], self._prepared.source.tensors[name]
+        key = path, role, entry.shape, entry.dtype
+        if key not in self._alike:
+            self._alike[key] = list(self._spans_like(owner, entry.shape, entry.dtype))
+        # Tensors of a role are cut alike: which expert and projection each is says its name alone. Hundreds are met
+        # while other threads wait for the interpreter, so views are made of the first alone.
+        at = name_index(module.layout.row(role), place, module.sizes)
+        return [
+            _Span(begin, end, (path, (role, at.get("e", e), at.get("p", p))))
+            for begin, end, (_, (_, e, p)) in self._alike[key]
+        ]
+
+    def _spans_like(self, owner: Owner, shape: tuple[int, ...], dtype: str) -> Iterator[_Span]:
         source = self._prepared.source
-        module, entry = source.modules[owner[0]], source.tensors[name]
+        module = source.modules[owner[0]]
         row = module.layout.row(owner[1])
         if len(inner_axes(row, row.axes)) > 2:
-            return []  # several matrices an expert
-        target = whole_target(name, entry.shape, entry.dtype)
-        like = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
-        return [
-            _Span(begin, begin + view.matrix.nbytes, (owner[0], view.leaf))
-            for view in leaf_views(owner, module, target.runs, like, source.family)
-            if view.matrix.is_contiguous() and view.matrix.shape == whole_sizes(module, view)
-            for begin in [int(view.matrix.storage_offset()) * like.element_size()]
-        ]
+            return  # several matrices an expert
+        like = torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
+        for view in leaf_views(owner, module, whole(shape), like, source.family):
+            if view.matrix.is_contiguous() and view.matrix.shape == whole_sizes(module, view):
+                begin = int(view.matrix.storage_offset()) * like.element_size()
+                yield _Span(begin, begin + view.matrix.nbytes, (owner[0], view.leaf))

@@ -39,7 +39,7 @@ STAGE = 16 << 20  # bytes of one tile on its way to a device
 # Bytes of one tile, its cast copy included: more rows are longer runs for a transpose to write.
 TILE = 4 << 20
 WINDOW = 48 << 20  # bytes of all threads' tiles together where reads are to be large, or fill whole rows
-TOLD = 512 << 10  # bytes that are read before whoever watches is told of them: they are still in the cache
+TOLD = 4 << 20  # bytes read before whoever watches is told: each word costs more than a nearer cache saves
 READERS = 6  # threads that read from a disk, though there be fewer cores
 DESCRIPTORS = 256  # that a call opens at most where it could do with fewer
 KEPT = 64  # storages whose bytes a thread keeps at hand
@@ -264,7 +264,7 @@ class _Worker:
     def _run_alone(self, job: Job, written: dict[int, int]) -> int:
         plan, copy = self._plan, job.copies[0]
         part = plan.parts[copy.source]
-        run = self._one_run(job, copy, part) if self._watch is None else None
+        run = self._one_run(job, copy, part)
         if run is not None:
             begin, place = run.places(copy, part, job.first)
             written[copy.target] = written.get(copy.target, 0) + run.elements
