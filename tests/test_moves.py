@@ -56,7 +56,7 @@ def test_a_move_is_what_einops_says(data: st.DataObject) -> None:
         if t:
             np.testing.assert_array_equal(got, part_of(array, runs))
     for move in made:
-        digits = _digits(target.row, target.sizes)
+        digits = _digits(target.row, dict(target.sizes))
         assert len(decode(digits, target.held[move.target][0], [move])) == 1
 
 
@@ -209,7 +209,7 @@ def test_a_planted_defect_is_found(data: st.DataObject) -> None:
             to[axis] = (to[axis][0], to[axis][1] + 1)
         made[at] = move._replace(pattern=Pattern(tuple(sizes), move.pattern.source, tuple(to)))
     with pytest.raises(CoverageError):
-        _prove(target, 0, runs, made)
+        _prove(target, _digits(target.row, dict(target.sizes)), 0, runs, made)
 
 
 def test_a_source_with_a_hole_fills_not_everything() -> None:
