@@ -296,7 +296,9 @@ def test_integers_are_no_weights_and_floats_no_integers(tmp_path: Path) -> None:
     restow.load(path, state, allow_narrowed=["*.mlp.gate.weight"])
     assert bool((state["model.layers.1.mlp.gate.weight"] == 1).all())
     whole = {**SMALL.spelled("grouped"), "model.norm.weight": torch.zeros(10, dtype=torch.int64)}
-    with pytest.raises(DtypeMismatchError, match=r"^expected integers for model\.norm\.weight, which is I64, found BF16"):
+    with pytest.raises(
+        DtypeMismatchError, match=r"^expected integers for model\.norm\.weight, which is I64, found BF16"
+    ):
         restow.load(SMALL.written(tmp_path / "b"), whole)
 
 

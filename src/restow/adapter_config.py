@@ -25,7 +25,6 @@ CONFIG = "adapter_config.json"
 MODEL = "adapter_model.safetensors"
 AGAIN = "get the config that belongs to this adapter"
 RANK_LIMIT = 2**20
-NO_MERGE = ("use_dora", "lora_bias")  # what changes the delta in a way that rows of A and B do not say
 
 Number = int | float
 
