@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,13 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+
+
+def says(text: str, part: str) -> bool:
+    """Whether a text holds a part; what is a number, as a number of its own and not within another or a name."""
+    if not re.fullmatch(r"-?\d+", part):
+        return part in text
+    return re.search(rf"(?<![\w.-]){part}(?![\w]|\.\w)", text) is not None
 
 
 def case(

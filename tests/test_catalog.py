@@ -579,6 +579,40 @@ def test_two_layouts_that_fit_are_listed() -> None:
     assert one.modules["l.0.mlp.experts"].names == ("hf",)
 
 
+def test_one_layer_that_fits_another_order_of_dims_is_not_believed() -> None:
+    """down_proj of one layer transposed, where gate and up are square: it fits the layout of other files."""
+    config = {"num_local_experts": 12, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 3}
+    shapes = {f"model.layers.{i}.mlp.experts.gate_up_proj": (12, 32, 32) for i in range(3)}
+    shapes |= {f"model.layers.{i}.mlp.experts.down_proj": (12, 16, 32) for i in range(3)}
+    shapes |= {
+        f"model.layers.{i}.mlp.experts.{n}_proj_bias": (12, 32) for i in range(3) for n in ("gate_up", "down")
+    }
+    good = survey(entries(shapes), family=FAMILIES["gpt_oss"], config=config)
+    assert not good.problems
+    assert len(good.modules) == 3
+    shapes["model.layers.1.mlp.experts.down_proj"] = (12, 32, 16)
+    (problem,) = survey(entries(shapes), family=FAMILIES["gpt_oss"], config=config).problems
+    assert problem.fatal
+    assert isinstance(problem.error, AmbiguousLayoutError)
+    assert str(problem.error) == (
+        "expected experts of one order of dims, as model.layers.0.mlp.experts has, found another in "
+        "model.layers.1.mlp.experts\n"
+        "  tensors   model.layers.1.mlp.experts.gate_up_proj [12, 32, 32]\n"
+        "            model.layers.1.mlp.experts.down_proj [12, 32, 16]\n"
+        "            model.layers.1.mlp.experts.gate_up_proj_bias [12, 32]\n"
+        "            model.layers.1.mlp.experts.down_proj_bias [12, 32]\n"
+        "  fit       in        gate_up_proj       e (f p) d\n"
+        "            out       down_proj          e d f\n"
+        "            in.bias   gate_up_proj_bias  e (f p)\n"
+        "            out.bias  down_proj_bias     e d\n"
+        "  usual     in        gate_up_proj       e d (f p)\n"
+        "            out       down_proj          e f d\n"
+        "            in.bias   gate_up_proj_bias  e (f p)\n"
+        "            out.bias  down_proj_bias     e d\n"
+        "  try       one of them was transposed: get the file again; layout=NAME (--layout NAME) says how all are read"
+    )
+
+
 def test_layers_counted_by_a_list() -> None:
     family = FAMILIES["nemotron_h"]
     assert family.read_sizes({"layers_block_type": ["moe"] * 7})["L"] == 7

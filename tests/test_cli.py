@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import Shard as Cut
 from typer.testing import CliRunner
 
@@ -291,6 +291,31 @@ def test_json_is_one_document(good: Path) -> None:
     error = json.loads(run("plan", good, "--layout", "nothing", "--json")[1])["error"]
     assert error["class"] == "restow.errors.UsageError"
     assert error["found"] == "'nothing'"
+
+
+def test_json_of_a_verification_holds_its_findings(good: Path) -> None:
+    """NaN among the values, and an index of another size: JSON has no NaN, and no exceptions."""
+    state = load_file(good / "model-00002-of-00002.safetensors")
+    name = next(iter(state))
+    state[name].view(-1)[0] = float("nan")
+    save_file(state, good / "model-00002-of-00002.safetensors", {"format": "pt"})
+    index = good / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": {"total_size": 1}}))
+
+    def no_number(text: str) -> None:
+        raise AssertionError(text)
+
+    code, out, _ = run("verify", good, "--json")
+    data = json.loads(out, parse_constant=no_number)
+    found = {p["class"]: (p["fatal"], p.get("tensor")) for p in data["problems"]}
+    assert code == 0
+    assert found["restow.errors.NonFiniteError"] == (False, name)
+    assert found["restow.errors.IndexMismatchError"][0] is False
+    code, out, _ = run("verify", Model().written(good.parent / "other"), good, "--json")
+    (difference,) = json.loads(out, parse_constant=no_number)["differences"]
+    assert code == 4
+    assert "nan" in difference["values"]
+    assert difference["max_abs"] in ("nan", "inf")
 
 
 def test_debug_shows_a_traceback(good: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import restow
-from corpus import CASES, Case, rank_file, write_rank
+from corpus import CASES, Case, rank_file, says, write_rank
 from corpus_bytes import CONFIG, E7, INDEX, S1, S2, S3, blob, edit, fill, good, reindex, table, write
 from restow import errors
 from restow.entries import Entry, Piece
@@ -49,7 +49,7 @@ def judge(case: Case, error: RestowError | None, opened: Folder | None) -> None:
     assert text.isascii()
     assert text.replace("\n", "").isprintable()
     for part in case.holds:
-        assert part in text, (part, text)
+        assert says(text, part), (part, text)
     if case.tensor is not None:
         assert error is not None and error.tensor == case.tensor
     if case.file is not None:

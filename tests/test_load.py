@@ -15,6 +15,7 @@ from torch import nn
 import restow
 from moe import AT, Model, Tensors, differing, painted, raw, same, write
 from restow.errors import (
+    DtypeMismatchError,
     IntegrityError,
     MissingTensorError,
     PrecisionError,
@@ -273,6 +274,32 @@ def test_a_narrower_destination_is_reported(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_which_casts_lose_something(source: str, target: str, loses: bool) -> None:
     assert narrows(source, target) == loses
+
+
+INTEGERS = """\
+expected floats for model.layers.0.mlp.gate.weight, which is BF16, and the like for 1 more, found I32
+  tensors   model.layers.0.mlp.gate.weight
+            model.layers.1.mlp.gate.weight
+  in        {0}
+  try       get the checkpoint again, or its config.json if these are codes; allow_narrowed= casts them"""
+
+
+def test_integers_are_no_weights_and_floats_no_integers(tmp_path: Path) -> None:
+    """Routers in I32 that nothing announces are codes, or garbage: their numbers are not cast into the model."""
+    gates = {f"model.layers.{i}.mlp.gate.weight": torch.ones(8, 10, dtype=torch.int32) for i in (0, 1)}
+    path = SMALL.written(tmp_path / "a", **gates)
+    state = painted(SMALL.spelled("grouped"))
+    with pytest.raises(DtypeMismatchError) as caught:
+        restow.load(path, state)
+    assert str(caught.value) == INTEGERS.format(path)
+    assert differing(state, painted(SMALL.spelled("grouped"))) == []
+    restow.load(path, state, allow_narrowed=["*.mlp.gate.weight"])
+    assert bool((state["model.layers.1.mlp.gate.weight"] == 1).all())
+    whole = {**SMALL.spelled("grouped"), "model.norm.weight": torch.zeros(10, dtype=torch.int64)}
+    with pytest.raises(
+        DtypeMismatchError, match=r"^expected integers for model\.norm\.weight, which is I64, found BF16"
+    ):
+        restow.load(SMALL.written(tmp_path / "b"), whole)
 
 
 def test_an_exact_row_is_not_narrowed(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import corpus_tensors  # noqa: F401
 import lora_adapters as adapters
 import restow.lora
 import tiny
-from corpus import CASES
+from corpus import CASES, says
 from restow.cli import app
 from restow.errors import AdapterError, RestowError, UsageError
 
@@ -59,7 +59,7 @@ def refused(tmp_path: Path, state: State, *holds: str, config: dict[str, Any] | 
         restow.lora.convert(source, tmp_path / "out", to="peft", base=adapters.base("qwen3_moe"))
     text = str(caught.value)
     for word in holds:
-        assert word in text, text
+        assert says(text, word), text
     assert text.isascii()
     assert not (tmp_path / "out").exists()
     return caught.value
@@ -299,3 +299,112 @@ def test_what_is_odd_about_a_base_is_told_and_strict_refuses_it(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
     told = restow.lora.merge(tmp_path / "base", source, tmp_path / "out").warnings[0]
     assert done.stderr == f"restow.errors.IndexMismatchError: {told}\n"
+
+
+A_OF, B_OF = (f"{PREFIX}{LINEAR}.lora_{x}.weight" for x in "AB")
+ODD: dict[str, tuple[Callable[[State], Any], dict[str, Any], str]] = {
+    "one dim": (
+        lambda s: s.update({B_OF: s[B_OF].reshape(-1)}), {},
+        f"expected shape [out, 2] for {B_OF}, which the base gives, found [128]\n"
+        f"  tensor    {B_OF}\n  module    {LINEAR}\n  in        @/adapter_config.json\n"
+        "  try       this adapter was trained on a base of other sizes"),
+    "a dim more": (
+        lambda s: s.update({A_OF: s[A_OF][None]}), {},
+        f"expected shape [2, in] for {A_OF}, which the base gives, found [1, 2, 32]\n"
+        f"  tensor    {A_OF}\n  module    {LINEAR}\n  in        @/adapter_config.json\n"
+        "  try       this adapter was trained on a base of other sizes"),
+    "integers": (
+        lambda s: s.update({A_OF: s[A_OF].to(torch.int32)}), {},
+        f"expected factors in BF16, F16, F32, F64, found I32\n  tensors   {A_OF} I32\n"
+        "  in        @/adapter_model.safetensors\n  try       save the adapter again in one of these dtypes"),
+    "a factor that nobody has": (
+        lambda s: s.update({A_OF.replace("_A", "_E"): s[A_OF].clone()}), {},
+        f"expected factors that LoRA has, found {LINEAR}.lora_E.weight\n  tensor    {PREFIX}{LINEAR}.lora_E.weight\n"
+        "  in        @/adapter_config.json\n  try       tell us which program wrote this adapter"),
+    "another norm": (
+        lambda s: s.update({f"{PREFIX}model.norm.weight": torch.ones(3, 32)}), {},
+        f"expected shape [32] for {PREFIX}model.norm.weight, which takes the place of the base's, found [3, 32]\n"
+        f"  tensor    {PREFIX}model.norm.weight\n  in        @/adapter_config.json\n"
+        "  try       this adapter was trained on a base of other sizes"),
+    "a layer left out": (
+        lambda s: None, {"layers_to_transform": [0, 2]},
+        f"expected pairs of modules that layers_to_transform does not leave out, found 1 that it does\n"
+        f"  modules   {LINEAR}\n  in        @/adapter_config.json\n"
+        "  try       PEFT would drop them without a word: correct layers_to_transform in the config, or the file is "
+        "another adapter's"),
+    "a module left out": (
+        lambda s: None, {"exclude_modules": ["layers.1.self_attn.q_proj"]},
+        f"expected pairs of modules that exclude_modules does not leave out, found 1 that it does\n"
+        f"  modules   {LINEAR}\n  in        @/adapter_config.json\n"
+        "  try       PEFT would drop them without a word: correct exclude_modules in the config, or the file is "
+        "another adapter's"),
+    "no layers": (
+        lambda s: None, {"layers_to_transform": "1"},
+        "expected layers_to_transform as numbers of layers, found '1'\n  in        @/adapter_config.json\n"
+        "  try       get the config that belongs to this adapter"),
+    "strange bias": (
+        lambda s: None, {"bias": None},
+        "expected bias as one of 'none', 'all', 'lora_only', found None\n  in        @/adapter_config.json\n"
+        "  try       get the config that belongs to this adapter"),
+    "layers repeated": (
+        lambda s: None, {"layer_replication": [[0, 2], [1, 3]]},
+        "expected an adapter for the base's own layers, found layer_replication [[0, 2], [1, 3]]\n"
+        "  in        @/adapter_config.json\n"
+        "  try       PEFT repeats layers of the base first: merge it with PEFT"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_ones_in_full(case: str, tmp_path: Path) -> None:
+    """Found by mutation: each was an exception of Python's, or passed and was read otherwise by PEFT."""
+    change, config, text = ODD[case]
+    state = good()
+    change(state)
+    error = refused(tmp_path, state, config=config)
+    assert str(error) == text.replace("@", str(tmp_path / "a"))
+    with pytest.raises(AdapterError) as caught:
+        restow.lora.merge(adapters.base("qwen3_moe"), tmp_path / "a", tmp_path / "m")
+    assert str(caught.value) == str(error)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    "word", ["use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config"]
+)
+def test_variants_that_add_something_else(word: str, tmp_path: Path) -> None:
+    value = True if word == "use_qalora" else [1]
+    source = adapters.write(tmp_path / "a", pair(LINEAR, 32, 64), r=2, lora_alpha=4, **{word: value})
+    with pytest.raises(AdapterError) as caught:
+        restow.lora.merge(adapters.base("qwen3_moe"), source, tmp_path / "m")
+    said = ("false", "true") if value is True else ("null", "[1]")
+    assert str(caught.value) == (
+        f"expected {word} {said[0]}, found {said[1]}\n  in        {source}/adapter_config.json\n"
+        "  try       merge it with PEFT"
+    )
+
+
+def test_a_wrapper_without_its_b(tmp_path: Path) -> None:
+    source = adapters.make(tmp_path / "a", "qwen3_moe")
+    state = adapters.tensors(source)
+    name = f"{PREFIX}model.layers.1.mlp.experts.lora_B.weight"
+    del state[name]
+    adapters.write(source, state, **adapters.config(source))
+    with pytest.raises(AdapterError) as caught:
+        restow.lora.convert(source, tmp_path / "b", to="grouped", base=adapters.base("qwen3_moe"))
+    assert str(caught.value) == (
+        "expected both factors of every module, found lora_A of model.layers.1.mlp.experts alone\n"
+        f"  missing   {name}\n  found     {name.replace('lora_B', 'lora_A')}\n  in        {source}/adapter_config.json\n"
+        "  try       the file was cut or filtered; save the adapter again"
+    )
+
+
+def test_a_stamp_whose_targets_catch_nothing_is_not_believed(tmp_path: Path) -> None:
+    """What a conversion noted of the first config lies in the header, and may be damaged as any text."""
+    source = adapters.make(tmp_path / "a", "qwen3_moe")
+    restow.lora.convert(source, tmp_path / "g", to="grouped", base=adapters.base("qwen3_moe"))
+    path = tmp_path / "g" / "adapter_model.safetensors"
+    raw = path.read_bytes()
+    assert raw.count(b'[\\"q_proj\\"]') == 1
+    path.write_bytes(raw.replace(b'[\\"q_proj\\"]', b'[\\"q_@roj\\"]'))
+    restow.lora.convert(tmp_path / "g", tmp_path / "p", to="peft", base=adapters.base("qwen3_moe"))
+    assert adapters.config(tmp_path / "p")["target_modules"] == ["q_proj"]

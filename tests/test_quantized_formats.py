@@ -192,6 +192,30 @@ def test_converts_verifies_and_is_kept(tmp_path: Path, kind: str) -> None:
     assert restow.open(tmp_path / "two").problems == ()
 
 
+@pytest.mark.parametrize("where", [f"{EXPERTS}.1.up_proj", Q_PROJ], ids=["experts", "others"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_scale_that_is_no_number_is_told(tmp_path: Path, kind: str, where: str) -> None:
+    """255 among exponents, NaN among floats: by every scale that acts on a weight, whatever codec."""
+    folder, stored, _ = build(tmp_path / "a", FORMATS[kind])
+    assert restow.verify(folder).problems == ()
+    acting = [n for n in stored if n.startswith(f"{where}.") and "scale" in n and "input" not in n]
+    assert len(acting) == (2 if kind.startswith("nvfp4") else 1)
+    for name in acting:
+        scale = stored[name].clone()
+        scale.view(-1)[-1:] = (
+            255 if scale.dtype == torch.uint8 else torch.tensor([float("nan")]).to(scale.dtype)
+        )
+        write(folder, {**stored, name: scale}, config(FORMATS[kind].about, E, F, D))
+        with pytest.raises(errors.QuantizationError) as caught:
+            restow.verify(folder)
+        assert str(caught.value) == (
+            "expected scales that are finite and not below 0, found NaN\n"
+            f"  scales    {name}: NaN\n"
+            f"  in        {folder}/model.safetensors\n"
+            "  try       get the file again: by such a scale a weight has no value"
+        )
+
+
 def test_several_formats_in_one_checkpoint(tmp_path: Path) -> None:
     """NVFP4 made from a checkpoint that was quantised before: what it was not made from stays in the old formats."""
     about = config(FORMATS["nvfp4"].about, E, F, D, num_hidden_layers=2)
@@ -317,10 +341,11 @@ def test_per_expert_scales_of_stacked_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("about", [
     {"quant_method": "gptq", "bits": 4},
+    {"quant_method": ["mxfp8"]},
     {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
     compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, actorder="group"),
     compressed("marlin-24", num_bits=4, type="int", strategy="channel"),
-], ids=["gptq", "awq", "actorder", "marlin"])  # fmt: skip
+], ids=["gptq", "a list", "awq", "actorder", "marlin"])  # fmt: skip
 def test_unknown_formats_are_refused_by_name(tmp_path: Path, about: dict[str, Any]) -> None:
     folder, _, _ = build(tmp_path / "a", FORMATS["int4_packed"]._replace(about=about))
     fatal = [problem.error for problem in restow.open(folder).problems if problem.fatal]

@@ -207,6 +207,26 @@ def test_a_state_without_experts_is_refused() -> None:
     )
 
 
+def test_a_stack_with_rows_for_experts_that_do_nothing_is_refused_without_a_config() -> None:
+    """LongCat's as transformers holds it: gate and up of 5 experts, down of 3. Which of both counts, only a config says."""
+    state = {
+        "l.0.mlp.experts.gate_up_proj": torch.zeros(5, 8, 6),
+        "l.0.mlp.experts.down_proj": torch.zeros(3, 6, 4),
+    }
+    with pytest.raises(restow.errors.ShapeMismatchError) as caught:
+        restow.relayout(state, dst="grouped", family="longcat_flash")
+    assert str(caught.value) == (
+        "expected shape [5, 6, 4] for l.0.mlp.experts.down_proj, found [3, 6, 4]\n"
+        "  tensors   l.0.mlp.experts.down_proj [3, 6, 4], expected [5, 6, 4]\n"
+        "            l.0.mlp.experts.gate_up_proj [5, 8, 6], as expected\n"
+        "  layout    in   gate_up_proj  e (p f) d\n"
+        "            out  down_proj     e d f\n"
+        "  sizes     d = 6, e = 5, f = 4, p = 2\n"
+        "  try       no config says these sizes, so shapes must agree in all roles; a folder with its config.json may say "
+        "otherwise"
+    )
+
+
 def test_layouts_of_other_roles_are_refused() -> None:
     dst = Layout.parse("in w e f d\nout v e d f")
     with pytest.raises(RolesError) as caught:

@@ -25,7 +25,7 @@ CONFIG = "adapter_config.json"
 MODEL = "adapter_model.safetensors"
 AGAIN = "get the config that belongs to this adapter"
 RANK_LIMIT = 2**20
-NO_MERGE = ("use_dora", "lora_bias")  # what changes the delta in a way that rows of A and B do not say
+BIASES = ("none", "all", "lora_only")
 
 Number = int | float
 
@@ -136,6 +136,9 @@ def adapter_config(raw: object, path: str | None = None) -> AdapterConfig:
         raise AdapterError(
             "peft_type LORA", show(repr(kind)), path=path, hint="only LoRA adapters are converted"
         )
+    if raw.get("bias", "none") not in BIASES:
+        said = ", ".join(f"'{word}'" for word in BIASES)
+        raise AdapterError(f"bias as one of {said}", show(repr(raw["bias"])), path=path, hint=AGAIN)
     return AdapterConfig(
         raw=MappingProxyType(dict(raw)),
         rank=_rank(raw.get("r", 8), "r", path),

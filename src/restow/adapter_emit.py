@@ -109,6 +109,14 @@ def says(config: AdapterConfig, wanted: Iterable[Wanted]) -> bool:
     return all(w.fits(config) for w in wanted)
 
 
+def catches(raw: Mapping[str, Any], wanted: Iterable[Wanted]) -> bool:
+    """Whether target fields catch every name that PEFT asks for; an expression (`all-linear`) is taken at its word."""
+    fields = [raw.get("target_modules"), raw.get("target_parameters")]
+    ends = [str(end) for field in fields if isinstance(field, list) for end in field]
+    names = (name for w in wanted if not w.aliases for name in w.names)
+    return any(isinstance(f, str) for f in fields) or all(any(_ends(n, end) for end in ends) for n in names)
+
+
 def one_scale(config: AdapterConfig, wanted: Sequence[Wanted], fmt: Format) -> tuple[int, Number, bool]:
     """The one (r, alpha, use_rslora) of such a reader: the scale that most modules have, the config's own if it is it.
 

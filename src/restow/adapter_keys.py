@@ -21,6 +21,11 @@ PREFIX = "base_model.model."
 DEPTH = 3  # wrappers around one experts module: gate, up and down by themselves
 FACTORS = ("A", "B")
 _WORDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_BESIDE = (
+    "lora_magnitude_vector",
+    "lora_magnitude_vector.weight",
+    "lora_B.bias",
+)  # of DoRA and lora_bias: go along
 
 
 class Spelled(NamedTuple):
@@ -167,9 +172,10 @@ def _strange(
         f".{container}." in f".{below}" for line in family.containers for container in line
         if container.endswith("experts")
     )  # fmt: skip
-    if inside and "lora" in below:
+    spelled = ".lora_" in f".{below}" and not _factor(below)[1] and not below.endswith(_BESIDE)
+    if (inside and "lora" in below) or spelled:
         return [AdapterError(
-            "names below an experts module that an adapter format has",
+            "names below an experts module that an adapter format has" if inside else "factors that LoRA has",
             f"{show(below)}",
             path=path,
             tensor=name,

@@ -1,7 +1,7 @@
 """An adapter's folder without its tensors: its config and the header of its file, and both judged against a base.
 
 Rejects what `header` and `adapter_read` reject, folders in the making, and folders without `adapter_config.json` or
-`adapter_model.safetensors`, by name.
+`adapter_model.safetensors`, and factors that are no floats, by name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from restow.adapter_base import Base, BaseLike, base_of
 from restow.adapter_config import MODEL, AdapterConfig, read_adapter_config
 from restow.adapter_orient import Options
 from restow.adapter_read import read_adapter
+from restow.adapter_scope import judge_factors
 from restow.errors import AdapterError, RestowError
 from restow.family import Family
 from restow.files import SourceFile, open_source
@@ -48,7 +49,9 @@ def open_adapter(folder: str | os.PathLike[str]) -> Iterator[AdapterHead]:
         hint = "an adapter in another format (adapter_model.bin) is saved again with safetensors"
         raise AdapterError(MODEL, error.found, path=Path(root) / MODEL, hint=hint) from None
     with source:
-        yield AdapterHead(root, config, source, read_header(source))
+        header = read_header(source)
+        judge_factors(dict(zip(header.names, header.dtypes, strict=True)), source.path)
+        yield AdapterHead(root, config, source, header)
 
 
 def judge_adapter(

@@ -14,11 +14,12 @@ from typing import NamedTuple, get_args
 
 from restow.adapter_config import AdapterConfig
 from restow.adapter_formats import Faces, Kind, era_of, faces_of, leaf, parameter, rows
-from restow.adapter_keys import Found
+from restow.adapter_keys import PREFIX, Found, half
 from restow.errors import AdapterError, UsageError, show
 from restow.family import Family
 from restow.layout import solve_sizes
 from restow.notation import Row
+from restow.problems import merged
 
 Shapes = Mapping[str, tuple[int, ...]]
 Unit = tuple[str, int | None]  # what one wrapper is around: a role, or one projection of it
@@ -59,6 +60,12 @@ def wrapped_roles(
     sizes: Mapping[str, int], options: Options,
 ) -> Wrappers:  # fmt: skip
     """Which role each depth of a module's wrappers is for. Raises `AdapterError` where nothing says it."""
+    for f in found:
+        if len(f.names) != len(f.rows):
+            name = next(name for names in f.names.values() for name in names.values())
+            word = "lora_A" if "lora_A" in name else "lora_B"
+            module = name.removeprefix(PREFIX).rpartition(f".{word}")[0]
+            raise merged(half(module, {word: name}, config.path))
     by_depth = {f.spelled.depth: (f.names["out.A"][()], f.names["out.B"][()]) for f in found}
     kind: Kind = "wrapper" if len(shapes[by_depth[min(by_depth)][0]]) == 2 else "wrapper3"
     most = len(family.labels) + 1

@@ -17,6 +17,7 @@ from restow.adapter_config import AdapterConfig, Number
 from restow.adapter_formats import ROLES, Faces, one_label, parameter, per_expert
 from restow.adapter_keys import PREFIX, Found, Sorted, Spelled, half, sort_names
 from restow.adapter_orient import Options, Wrappers, decide_faces, stored, wrapped_roles, wrapper_rows
+from restow.adapter_scope import judge_scope
 from restow.errors import AdapterError, RestowError, show
 from restow.known import FAMILIES
 from restow.layout import axis_size, name_of, shape_of, solve_sizes
@@ -90,6 +91,7 @@ def read_adapter(shapes: Shapes, config: AdapterConfig, base: Base, options: Opt
     _judge_family(config, base)
     by_name = sort_names(shapes, base.family, config.path)
     reader = _Reader(shapes, config, base, options)
+    reader.errors += judge_scope(by_name, shapes, config, base)
     plain = reader.plain(by_name)
     pairs = reader.experts(by_name)
     if reader.errors:
@@ -146,10 +148,12 @@ class _Reader:
     def _judge_plain(self, module: str, a: str, b: str, rank: int, embedding: bool) -> None:
         base = self.base.shape(f"{module}.weight")
         have = (self.shapes[a], self.shapes[b])
-        if any(len(shape) != 2 for shape in have):
-            return  # a convolution: goes along
+        dims = 2 if base is None and all(len(shape) == 2 for shape in have) else len(base or have[0])
+        if any(len(shape) != dims for shape in have) or dims < 2:  # a convolution's factors have its dims
+            wrong = next((name for name, shape in zip((a, b), have, strict=True) if len(shape) != dims), a)
+            raise self._shape(wrong, [rank, "in"] if wrong == a else ["out", rank], module)
         ranks = (have[0][0], have[1][1])
-        io = None if base is None or len(base) != 2 else (base[1], base[0])
+        io = None if base is None else (base[1], base[0])
         if io is not None and (embedding or self.config.raw.get("fan_in_fan_out")):
             io = (io[1], io[0])
         if ranks != (rank, rank):

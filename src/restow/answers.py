@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from restow.terminal import DIFFERENT, DONE, Answer, Line
+from restow.problems import Problem
+from restow.terminal import DIFFERENT, DONE, Answer, Line, finding
 
 if TYPE_CHECKING:
     from restow.torch.adapter_check import CheckReport
@@ -56,6 +58,10 @@ def plain(report: Any) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
+    if isinstance(value, Problem):
+        return finding(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such numbers
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(value)
     if isinstance(value, Mapping):

@@ -101,7 +101,7 @@ def read_codec(config: Mapping[str, object] | None) -> Announced | None:
     words = tuple(word for word in skipped if isinstance(word, str)) if isinstance(skipped, list) else ()
     if method == "fp8":
         return _fp8(said, words)
-    if method in METHODS and isinstance(method, str):
+    if isinstance(method, str) and method in METHODS:
         names, block = METHODS[method], None
     elif method == "bitsandbytes":
         names, block = _bitsandbytes(said), None

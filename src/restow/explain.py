@@ -15,7 +15,7 @@ from restow.errors import ConfigError, show
 from restow.layout import rows_text
 from restow.module import Module
 from restow.problems import Problem
-from restow.terminal import BAD_INPUT, DONE, Answer, Line, failure, failure_text
+from restow.terminal import BAD_INPUT, DONE, Answer, Line, failure_text, finding
 from restow.wording import MARGIN, amount, field, kinds, many, runs_of, table
 
 
@@ -62,7 +62,7 @@ def _facts(opened: Checkpoint, problems: Sequence[Problem]) -> dict[str, Any]:
         ],
         "ignorable": [name for name in others if opened.ignorable(name)],
         "others": counted(others),
-        "problems": [{"fatal": problem.fatal, **failure(problem.error)} for problem in problems],
+        "problems": [finding(problem) for problem in problems],
     }
 
 

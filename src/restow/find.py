@@ -20,6 +20,7 @@ from restow.layout import Layout
 from restow.misfits import folded, mixed_error, none_error, stranger_error, two_error
 from restow.module import Module, Shapes
 from restow.named import FORMS, GENERAL
+from restow.turned import turned_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ def find_modules(
             modules[one.path] = module
         if one.strangers:
             errors.append((one.path, stranger_error(one.path, one.strangers, module)))
+    errors += turned_errors(modules, shapes)
     return Findings(modules, missed, folded(errors))
 
 

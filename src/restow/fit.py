@@ -88,7 +88,8 @@ def fit(
     scales = {name for role, names in tensors.items() if role.endswith(COMPANIONS) for name in names}
     grids = [(name, want, shapes[name]) for name, want in wrong if name in scales]
     if len(grids) < len(wrong):
-        errors.append(shape_error(module, [(n, want) for n, want in wrong if n not in scales], shapes))
+        told = bool(known.sizes.keys() - {"p"})
+        errors.append(shape_error(module, [(n, want) for n, want in wrong if n not in scales], shapes, told))
     if not errors and unscaled:  # without its weight a scale is not missing
         errors.append(lost_scales(unscaled))
     if not errors and grids:

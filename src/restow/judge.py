@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from restow.checkpoint import Checkpoint
 from restow.codec import SUFFIX, announced
+from restow.codecs import CODES, COMPANIONS
 from restow.errors import (
     DtypeMismatchError,
     MissingTensorError,
@@ -112,7 +113,9 @@ def _dtypes(found: Checkpoint, dtypes: Mapping[str, str]) -> Iterator[Problem]:
     for module in found.modules.values():
         for role, tensors in module.tensors.items():
             kinds = Counter(dtypes[name] for name in tensors if name is not None)
-            if "." in role or (len(kinds) == 1 and (not plain or FLOATS.issuperset(kinds))):
+            if role.endswith((*COMPANIONS, CODES)) or (
+                len(kinds) == 1 and (not plain or FLOATS.issuperset(kinds))
+            ):
                 continue
             usual = max(kinds, key=lambda kind: (kinds[kind], kind in FLOATS, kind), default="")
             for name in tensors:

@@ -105,8 +105,10 @@ def _whole_experts(module: Module, by_row: Mapping[str, Mapping[tuple[int, ...],
     return sum(1 for e, count in counts.items() if count == need) if need else 0
 
 
-def shape_error(module: Module, wrong: Sequence[tuple[str, str]], shapes: Shapes) -> ShapeMismatchError:
-    """Shapes that are not the layout's; a stacked module's few other tensors are shown beside them."""
+def shape_error(
+    module: Module, wrong: Sequence[tuple[str, str]], shapes: Shapes, told: bool = True
+) -> ShapeMismatchError:
+    """Shapes that are not the layout's, beside a stacked module's few others; `told` if a config or the other side gave sizes."""
     name, expected = wrong[0]
     sizes, layout = module.sizes, module.layout
     used = {a: sizes[a] for row in layout.rows for a in sorted(row.axes) if a in sizes}
@@ -124,7 +126,9 @@ def shape_error(module: Module, wrong: Sequence[tuple[str, str]], shapes: Shapes
             ("layout", rows_text(layout)),
             ("sizes", [", ".join(f"{axis} = {size}" for axis, size in used.items())]),
         ],
-        hint="check config.json against the files: sizes come from the config first, shapes must agree",
+        hint="check config.json against the files: sizes come from the config first, shapes must agree"
+        if told
+        else "no config says these sizes, so shapes must agree in all roles; a folder with its config.json may say otherwise",
     )
 
 

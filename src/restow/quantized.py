@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from restow.checkpoint import Checkpoint
 from restow.codec import SCALE, SUFFIX, Announced, lost_scales, odd_grids
-from restow.codecs import CODECS, WEIGHTS, Codec, spelled
+from restow.codecs import CODECS, WEIGHTS, Codec, spelled, weight_of
 from restow.errors import MissingTensorError, QuantizationError, RestowError, show
 from restow.module import Module
 from restow.problems import Problem
 
 CODED = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "I8", "U8"})
+ACTING = ("multiply", "divide", "exponent")  # how a scale's own value acts on an element's
 SCALES = frozenset({"F32", "F16", "BF16", "F8_E8M0"})
 BESIDE = tuple(dict.fromkeys(s.name for c in CODECS.values() if c.codes.name == "{}" for s in c.scales))
 
@@ -140,6 +141,29 @@ def scales_of(found: Checkpoint) -> dict[str, str]:
         and name.removesuffix(SUFFIX) in found.tensors
         and found.tensors[name].dtype in SCALES
     }
+
+
+def factors_of(found: Checkpoint) -> dict[str, str]:
+    """The same with the scales of every codec that the config announces, exponents too; bytes that a table explains apart."""
+    known = scales_of(found)
+    for module in found.modules.values():
+        acting = [s.role for s in module.codec.scales if s.how in ACTING] if module.codec is not None else []
+        for role in (role for role in module.tensors if any(role.endswith(end) for end in acting)):
+            known |= {name: name for name in module.tensors[role] if name is not None and name not in known}
+    pairs = (
+        [(c, s) for c in found.codec.codecs for s in c.scales if s.how in ACTING]
+        if found.codec is not None
+        else []
+    )
+    for codec, scale in pairs:
+        for name in found.others:
+            weight = weight_of(scale.name, name)
+            if weight is None or name in known or found.tensors[name].dtype not in scale.dtypes:
+                continue
+            codes = spelled(codec.codes.name, weight)
+            if codes in found.tensors and found.tensors[codes].dtype in codec.dtypes:
+                known[name] = codes
+    return known
 
 
 def no_values(source: str, target: str, dtype: str) -> QuantizationError:

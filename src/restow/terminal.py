@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any, NamedTuple, TextIO
 
 from restow.errors import DestinationError, RestowError, UsageError
+from restow.problems import Problem
 
 DONE, BAD_INPUT, USAGE, MACHINE, DIFFERENT, PIPE = 0, 1, 2, 3, 4, 128 + 13
 
@@ -162,9 +163,14 @@ def failure(error: BaseException) -> dict[str, Any]:
     return {**facts, "notes": list(notes)} if (notes := notes_of(error)) else facts
 
 
+def finding(problem: Problem) -> dict[str, Any]:
+    """A finding about a checkpoint as plain values."""
+    return {"fatal": problem.fatal, **failure(problem.error)}
+
+
 def show_json(data: Mapping[str, Any]) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 

@@ -21,6 +21,7 @@ from restow.adapter_emit import (
     RENAMED,
     VERSIONS,
     Wanted,
+    catches,
     one_scale,
     says,
     scales,
@@ -32,6 +33,7 @@ from restow.adapter_formats import FORMATS, Format, era_of, faces_of, leaf
 from restow.adapter_keys import PREFIX
 from restow.adapter_orient import registered
 from restow.adapter_read import Adapter, Pair, Plain
+from restow.adapter_scope import judge_delta
 from restow.adapter_stamp import Stamp, origin_of
 from restow.errors import AdapterError, show
 from restow.torch.adapter_factors import Get, exact, times, unfolded
@@ -211,11 +213,9 @@ def _account(adapter: Adapter, shapes: Mapping[str, object]) -> None:
 
 def _judge(adapter: Adapter, fmt: Format) -> None:
     """What a format cannot say: DoRA and biases of B on experts, extra weights where an engine refuses them."""
-    raw = adapter.config.raw
-    for word in ("use_dora", "lora_bias"):
-        if raw.get(word) and adapter.pairs:
-            raise AdapterError(f"{word} false for adapters of experts", "true", path=adapter.config.path,
-                               hint="such an adapter can only be merged by the program that trained it")  # fmt: skip
+    if adapter.pairs:
+        judge_delta(adapter.config, " for adapters of experts",
+                    "such an adapter can only be merged by the program that trained it")  # fmt: skip
     if fmt.one_scale and adapter.others:
         raise AdapterError(
             f"factors alone, which is all that {fmt.name} reads", f"{len(adapter.others)} other tensors",
@@ -262,7 +262,7 @@ def _config(
     if origin is not None and origin.signature == (fmt.kind, faces, fmt.one_scale):
         raw = {k: v for k, v in adapter.config.raw.items() if k not in FIELDS} | dict(origin.fields)
         try:
-            if says(adapter_config(raw), want):
+            if says(adapter_config(raw), want) and catches(raw, want):
                 return _dated(raw, fmt, installed)
         except AdapterError:
             pass

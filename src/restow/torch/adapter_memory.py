@@ -22,6 +22,7 @@ from restow.adapter_formats import CANON, FORMATS, Faces
 from restow.adapter_keys import PREFIX
 from restow.adapter_orient import Options
 from restow.adapter_read import read_adapter
+from restow.adapter_scope import judge_factors
 from restow.adapter_stamp import Stamp
 from restow.errors import AdapterError, MissingTensorError, ShapeMismatchError, show
 from restow.family import Family
@@ -79,8 +80,9 @@ def _job(
     known = base_of(base, family, (config or {}).get("base_model_name_or_path"))
     said = adapter_config(config) if config is not None else _guess(shapes, known)
     fmt, _ = resolve(to, known)
-    adapter = read_adapter(shapes, said, known, options)
     dtypes = {name: dtype_name(tensor.dtype) for name, tensor in state.items()}
+    judge_factors(dtypes)
+    adapter = read_adapter(shapes, said, known, options)
     return make_job(
         adapter, known, fmt, Stamp(), lambda name: state[name].detach(), dtypes, shapes, version_of(to)
     )

@@ -21,6 +21,7 @@ from restow.adapter_base import BaseLike, base_of
 from restow.adapter_formats import Faces
 from restow.adapter_orient import Options
 from restow.adapter_read import Plain, read_adapter
+from restow.adapter_scope import judge_delta
 from restow.checkpoint import Checkpoint
 from restow.errors import AdapterError, IntegrityError, UsageError, show
 from restow.family import Family
@@ -95,9 +96,7 @@ def merge(
         raise UsageError("a base in files to merge into", "one in memory")
     with AdapterFile(adapter) as file:
         read = read_adapter(file.shapes, file.config, known, Options(faces, outer, expert_major))
-        for word in ("use_dora", "lora_bias"):
-            if file.config.raw.get(word):
-                raise AdapterError(f"{word} false", "true", path=file.config.path, hint="merge it with PEFT")
+        judge_delta(file.config, "", "merge it with PEFT")
         todo = goals(read, known)
         job = _Merge(file, Deltas(file.get, file.config, known), todo, Book())
         options = Options(faces, outer, expert_major)

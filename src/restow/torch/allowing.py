@@ -1,4 +1,5 @@
-"""What a load refuses unless its caller allows it: destinations left unfilled, sources left unused, exact rows narrowed.
+"""What a load refuses unless its caller allows it: destinations left unfilled, sources left unused, exact rows narrowed,
+integers for floats and floats for integers.
 
 It judges a plan, before the first byte. A pattern that allows nothing is refused too, since it was meant to.
 """
@@ -12,6 +13,7 @@ from typing import Any
 from restow.checkpoint import Checkpoint
 from restow.codecs import CODECS, rounds
 from restow.errors import (
+    DtypeMismatchError,
     MissingTensorError,
     PrecisionError,
     RestowError,
@@ -22,7 +24,7 @@ from restow.errors import (
 from restow.landing import Wish
 from restow.plans import Plan
 from restow.problems import alike, merged
-from restow.torch.dtypes import narrows
+from restow.torch.dtypes import is_float, narrows
 from restow.torch.storage import Slots
 
 
@@ -77,9 +79,13 @@ def _unused_error(opened: Checkpoint) -> Any:
 
 
 def judge_narrowed(made: Plan, opened: Checkpoint, allow: Sequence[str]) -> dict[str, str]:
-    """Casts that lose precision, by destination; raises `PrecisionError` where a row forbids it and `allow` does not."""
+    """Casts that lose precision, by destination.
+
+    Where `allow` does not name it, raises `PrecisionError` for one that a row forbids, and `DtypeMismatchError` between
+    integers and floats: one side of it holds codes, or no weight.
+    """
     found: dict[str, str] = {}
-    exact: dict[str, PrecisionError] = {}
+    barred: dict[str, RestowError] = {}
     for copy in made.copies:
         part, target = made.parts[copy.source], made.targets[copy.target]
         if target.name in found:
@@ -93,16 +99,31 @@ def judge_narrowed(made: Plan, opened: Checkpoint, allow: Sequence[str]) -> dict
             continue
         row = opened.routers.get(part.name)
         if row is not None and row.exact:
-            exact[target.name] = PrecisionError(
+            barred[target.name] = PrecisionError(
                 f"{show(target.name)} in {part.dtype}, as {show(part.name)} is and must stay",
                 target.dtype,
                 tensor=target.name,
                 sections=[("tensor", [show(target.name)]), ("row", [str(row)])],
                 hint="keep this tensor in its precision in the model: its family selects experts by it",
             )
+        elif is_float(part.dtype) != is_float(target.dtype):
+            barred[target.name] = DtypeMismatchError(
+                f"{'floats' if is_float(target.dtype) else 'integers'} for {show(target.name)}, which is {target.dtype}",
+                part.dtype,
+                path=opened.path,
+                tensor=target.name,
+                sections=[("tensor", [f"{show(part.name)} {part.dtype}"])],
+                hint="get the checkpoint again, or its config.json if these are codes; allow_narrowed= casts them",
+            )
         found[target.name] = f"{part.dtype} -> {target.dtype}"
-    _allowed(list(exact), allow, "allow_narrowed", lambda names: alike([exact[name] for name in names]))
+    _allowed(list(barred), allow, "allow_narrowed", lambda names: _barred([barred[name] for name in names]))
     return found
+
+
+def _barred(errors: Sequence[RestowError]) -> RestowError:
+    """One error for each class of them, the first with a line for the other."""
+    classes = dict.fromkeys(type(error) for error in errors)
+    return merged([alike([error for error in errors if type(error) is cls]) for cls in classes])
 
 
 def _allowed(names: Sequence[str], patterns: Sequence[str], option: str, error: Any) -> tuple[str, ...]:

@@ -41,6 +41,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return NAME[dtype]
 
 
+def is_float(name: str) -> bool:
+    """Whether a dtype of safetensors holds numbers with a fraction, as weights are."""
+    return name[0] in "FBC" and name != "BOOL"
+
+
 def wider(dtypes: Iterable[str]) -> str | None:
     """The dtype in which all of these lose nothing: the one that holds the others, F32 for two floats of which none
     does; None for no dtype at all, or where there is no such one."""

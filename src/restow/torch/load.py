@@ -140,7 +140,8 @@ def load(
     scales (FP8 in blocks, MXFP8, MXFP4, NF4). `layout` is the destination's, found from
     names and shapes if None. Raises before the first byte: `MissingTensorError`, `UnexpectedTensorError` (see
     `allow_missing`, `allow_unused`: `fnmatch` patterns over full names), `ShapeMismatchError`, `PrecisionError`
-    (a cast that narrows an exact row, unless `allow_narrowed` names it), `AmbiguousLayoutError`, and what `open` finds fatal.
+    (a cast that narrows an exact row) and `DtypeMismatchError` (one between integers and floats) unless `allow_narrowed`
+    names it, `AmbiguousLayoutError`, and what `open` finds fatal.
 
     With `group`, all of whose ranks must call, the first rank of a machine reads the headers for it, and what several
     ranks hold alike is read by one of them and handed on; an error of one is raised on all (`PeerFailedError`).

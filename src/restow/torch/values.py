@@ -32,7 +32,7 @@ from restow.located import located
 from restow.notation import Row
 from restow.prepare import Prepared
 from restow.problems import Problem
-from restow.quantized import scales_of
+from restow.quantized import factors_of, scales_of
 from restow.required import tied_pair
 from restow.targets import whole_target
 from restow.torch.chunks import Filled, Slice, stream
@@ -133,12 +133,17 @@ class Values:
             self.peaks[name, key] = max(peak, self.peaks.get((name, key), 0))
 
     def _scale(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.dtype is torch.uint8:  # an exponent
+            tensor = tensor.view(torch.float8_e8m0fnu)
+        small = tensor.element_size() == 1
+        if not tensor.numel() or (_plain_bytes if small else _plain)(tensor):
+            return
         values = tensor.to(torch.float32).reshape(-1)
         if bool((values != values).any()):
             self.worthless[name] = "NaN"
-        elif bool((values.abs() == float("inf")).any()) or bool((values < 0).any()):
+        elif bool((values.abs() == float("inf")).any()) or bool((values < 0).any() and not small):
             self.worthless[name] = "infinite or below 0"
-        elif bool((values == 0).any()):
+        elif bool((values == 0).any()) and not small:  # of 8 bits it may be rounded to 0
             self.zeros[name] = int((values == 0).sum())
 
     def problems(self) -> tuple[Problem, ...]:
@@ -207,6 +212,20 @@ def _error(
     )
 
 
+def _plain(scales: torch.Tensor) -> bool:
+    """Whether all are finite and above 0, in one pass."""
+    low, high = torch.aminmax(scales)  # both are NaN where one value is
+    return float(low) > 0 and float(high) < float("inf")
+
+
+def _plain_bytes(scales: torch.Tensor) -> bool:
+    """The same of scales of 8 bits, 0 included: all below the bytes that are NaN, infinite or have a sign."""
+    limit = {torch.float8_e8m0fnu: 0xFF, torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}.get(
+        scales.dtype, 0
+    )
+    return int(scales.reshape(-1).view(torch.uint8).max()) < limit
+
+
 def plain_name(name: str, index: tuple[int, ...]) -> str:
     """A tensor's own name."""
     return show(name)
@@ -244,11 +263,12 @@ def values_of(found: Checkpoint) -> Values:
         for name, (path, role) in found.expert_tensors.items()
         if role in WEIGHTS
     }
-    return Values(rows, plain_name, scales_of(found))
+    return Values(rows, plain_name, factors_of(found))
 
 
 def judge_scales(found: Checkpoint, threads: int | None) -> tuple[Problem, ...]:
-    """Look at the scales of a checkpoint before anything is decoded by them; exponents alone are always a value."""
+    """Look at the scales of a checkpoint before anything is decoded by them: few and small ones, a
+    float for a block. Those of other codecs are a part of the data, which a load does not judge."""
     scales = {n: w for n, w in scales_of(found).items() if found.tensors[n].dtype in ("F32", "F16", "BF16")}
     odd = suspects(found, list(scales))
     scales = {name: weight for name, weight in scales.items() if name in odd}
