@@ -17,6 +17,7 @@ from restow.adapter_base import Base
 from restow.adapter_config import AdapterConfig, Number, adapter_config, alpha_of
 from restow.adapter_formats import Format
 from restow.adapter_match import matches
+from restow.segments import ends
 
 NEWEST = "0.21.2"
 VERSIONS = {"0.18": "0.18.1", "0.19.0": "0.19.0", "0.19.1": "0.19.1"}
@@ -160,19 +161,19 @@ def target_modules(config: AdapterConfig, plain: Sequence[str], base: Base) -> l
     kept: list[str] = []
     left = list(plain)
     for entry in given:
-        ours = [p for p in plain if _ends(p, entry)]
-        if ours and entry not in RENAMED and not any(_ends(o, entry) for o in other):
+        ours = [p for p in plain if ends(p, entry)]
+        if ours and entry not in RENAMED and not any(ends(o, entry) for o in other):
             kept.append(entry)
             left = [p for p in left if p not in ours]
     for module in left:
-        if any(_ends(module, entry) for entry in kept):
+        if any(ends(module, entry) for entry in kept):
             continue
         segments = module.split(".")
         for count in range(1, len(segments) + 1):
             entry = ".".join(segments[-count:])
             if segments[-count].isdecimal() and count < len(segments):
                 continue
-            caught = any(_ends(o, entry) for o in other)
+            caught = any(ends(o, entry) for o in other)
             unsure = base.checkpoint is None and any(s.isdecimal() for s in segments) and entry not in given
             if entry not in RENAMED and not caught and (not unsure or count == len(segments)):
                 kept.append(entry)
@@ -190,12 +191,8 @@ def target_parameters(
     Entries that mean anything but experts (`before`: their parameters as the source may name them) stay.
     """
     given = config.names("target_parameters")
-    stay = [t for t in given if not any(_ends(name, t) for name in (*ours, *before))]
-    mine = [t for t in given if any(_ends(name, t) for name in ours)]
-    if every and mine and all(any(_ends(n, t) for t in mine) for n in ours):
+    stay = [t for t in given if not any(ends(name, t) for name in (*ours, *before))]
+    mine = [t for t in given if any(ends(name, t) for name in ours)]
+    if every and mine and all(any(ends(n, t) for t in mine) for n in ours):
         return list(given)
     return [*(dict.fromkeys(tails if every else ours)), *stay]
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")

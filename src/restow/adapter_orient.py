@@ -19,6 +19,7 @@ from restow.errors import AdapterError, UsageError, show
 from restow.family import Family
 from restow.layout import solve_sizes
 from restow.notation import Row
+from restow.segments import ends
 
 Shapes = Mapping[str, tuple[int, ...]]
 Unit = tuple[str, int | None]  # what one wrapper is around: a role, or one projection of it
@@ -73,7 +74,7 @@ def wrapped_roles(
         fused, apart = (dict(reversed(one.items())) for one in (fused, apart))
     targets = config.names("target_parameters")
     asked = [
-        {unit: name for unit, name in one.items() if any(_ends(name, t) for t in targets)}
+        {unit: name for unit, name in one.items() if any(ends(name, t) for t in targets)}
         for one in (fused, apart)
     ]
     units: Mapping[Unit, str] = {}
@@ -222,7 +223,3 @@ def _no_fit(
         sections=[("tensors", (f"{show(n)} {list(shapes[n])}" for n in names))],
         hint="this adapter was trained on a base of other sizes, or its tensors are exchanged",
     )
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")

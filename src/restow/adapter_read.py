@@ -22,6 +22,7 @@ from restow.known import FAMILIES
 from restow.layout import axis_size, name_of, shape_of, solve_sizes
 from restow.notation import Row
 from restow.problems import merged
+from restow.segments import ends
 
 Shapes = Mapping[str, tuple[int, ...]]
 PLAIN = Options()
@@ -404,7 +405,7 @@ class _Reader:
 def asked_name(config: AdapterConfig, module: str) -> str:
     """What PEFT asks patterns about for an ordinary module: its weight's name where that is a target parameter."""
     weight = f"{module}.weight"
-    named = any(weight == t or weight.endswith(f".{t}") for t in config.names("target_parameters"))
+    named = any(ends(weight, t) for t in config.names("target_parameters"))
     return weight if named else module
 
 

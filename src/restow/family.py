@@ -35,7 +35,7 @@ from restow.layout import Layout, SizeLine, parse_size
 from restow.named import FORMS, NAMED
 from restow.naming import fits
 from restow.notation import Dim, Factor, Labels, Number, Part, Row
-from restow.segments import replace_run
+from restow.segments import ends, replace_run
 
 WORDS = frozenset(
     "family size order module rename alias beside optional ignore foreign require tie".split()  # noqa: SIM905
@@ -140,7 +140,7 @@ class Family:
         """An experts module's canonical layer prefix, and which of the layer's places it is, however it is spelled."""
         known = [(container, i) for i, line in enumerate(self.containers) for container in line]
         for container, i in sorted(known, key=lambda pair: -len(pair[0])):
-            if path == container or path.endswith("." + container):
+            if ends(path, container):
                 return self.canonical(path[: -len(container)].rstrip(".")), i
         return self.canonical(path), -1
 
@@ -148,7 +148,7 @@ class Family:
         """The layer prefix of an experts module: its path without the container, as spelled."""
         known = [container for line in self.containers for container in line]
         for container in sorted(known, key=len, reverse=True):
-            if path == container or path.endswith("." + container):
+            if ends(path, container):
                 return path[: -len(container)].rstrip(".")
         return path
 

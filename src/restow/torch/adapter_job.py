@@ -34,6 +34,7 @@ from restow.adapter_orient import registered
 from restow.adapter_read import Adapter, Pair, Plain
 from restow.adapter_stamp import Stamp, origin_of
 from restow.errors import AdapterError, show
+from restow.segments import ends
 from restow.torch.adapter_factors import Get, exact, times, unfolded
 from restow.torch.adapter_write import (
     Module,
@@ -229,10 +230,6 @@ def _passed(adapter: Adapter) -> dict[str, str]:
     return {n if n.startswith(PREFIX) else f"{PREFIX}{n}": n for n in sorted(names)}
 
 
-def _module_of(name: str) -> str:
-    return name.removeprefix(PREFIX).rpartition(".lora_")[0]
-
-
 def _one_scale_name(stamp: Stamp) -> bool:
     return stamp.format in FORMATS and FORMATS[stamp.format].one_scale
 
@@ -298,7 +295,7 @@ def _targets(adapter: Adapter, base: Base, fmt: Format, held: Held) -> dict[str,
     config = adapter.config
     given = config.names("target_parameters")
     weights = _by_weight(adapter, base, fmt)
-    new = [f"{m}.weight" for m in weights if not any(_ends(f"{m}.weight", t) for t in given)]
+    new = [f"{m}.weight" for m in weights if not any(ends(f"{m}.weight", t) for t in given)]
     plain = [p.module for p in adapter.plain if p.module not in weights]
     modules = target_modules(config, plain, base)
     names: list[str] = []
@@ -312,9 +309,9 @@ def _targets(adapter: Adapter, base: Base, fmt: Format, held: Held) -> dict[str,
             leaves += [leaf(base.family, role, label) for label in labels or (0,)]
     if fmt.kind in ("expert",):
         experts = _expert_entries(adapter, base, list(dict.fromkeys(leaves)))
-        stay = [t for t in given if not any(_ends(n, t) for n in _parameters(adapter, base))]
+        stay = [t for t in given if not any(ends(n, t) for n in _parameters(adapter, base))]
         ours = [f"{p.module}.weight" for p in adapter.plain if p.module not in weights]
-        stay = [t for t in stay if not any(_ends(n, t) for n in ours)]
+        stay = [t for t in stay if not any(ends(n, t) for n in ours)]
         return {"target_modules": [*modules, *experts], "target_parameters": stay or None}
     every = base.checkpoint is None or len(adapter.modules) == len(base.checkpoint.modules)
     counts = {tail: tails.count(tail) for tail in tails}
@@ -335,7 +332,7 @@ def _by_weight(adapter: Adapter, base: Base, fmt: Format) -> list[str]:
     found = []
     for plain in adapter.plain:
         module, end = plain.module, plain.module.rpartition(".")[2]
-        named = any(_ends(f"{module}.weight", t) for t in given)
+        named = any(ends(f"{module}.weight", t) for t in given)
         taken = (
             fmt.kind in ("wrapper", "apart")
             and fmt.era == "0.19.1"
@@ -364,10 +361,6 @@ def _expert_entries(adapter: Adapter, base: Base, leaves: list[str]) -> list[str
     for end in leaves:
         found += [end] if end not in clash else [f"experts.{e}.{end}" for e in range(count)]
     return found
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
 
 
 __all__ = ["Job", "Plain", "era_of", "make_job"]
