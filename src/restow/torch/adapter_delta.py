@@ -18,7 +18,8 @@ import torch
 from restow.adapter_base import Base
 from restow.adapter_config import AdapterConfig
 from restow.adapter_keys import PREFIX
-from restow.adapter_read import Adapter, Pair, Plain
+from restow.adapter_pair import Pair
+from restow.adapter_read import Adapter, Plain
 from restow.errors import AdapterError, QuantizationError, show
 from restow.layout import Sizes, axis_size
 from restow.notation import Row, dim_keys

@@ -17,7 +17,7 @@ import torch
 
 from restow.adapter_config import Number, alpha_of, scale_of
 from restow.adapter_formats import CANON
-from restow.adapter_read import Factor, Pair
+from restow.adapter_pair import Factor, Pair
 from restow.boxes import whole
 from restow.errors import AdapterError, show
 from restow.layout import axis_size, shape_of

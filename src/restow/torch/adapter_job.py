@@ -31,7 +31,8 @@ from restow.adapter_emit import (
 from restow.adapter_formats import FORMATS, Format, era_of, faces_of, leaf
 from restow.adapter_keys import PREFIX
 from restow.adapter_orient import registered
-from restow.adapter_read import Adapter, Pair, Plain
+from restow.adapter_pair import Pair
+from restow.adapter_read import Adapter, Plain
 from restow.adapter_stamp import Stamp, origin_of
 from restow.errors import AdapterError, show
 from restow.segments import ends

@@ -17,7 +17,8 @@ from restow.adapter_config import AdapterConfig, alpha_of
 from restow.adapter_emit import Wanted
 from restow.adapter_formats import CANON, Format, faces_of, leaf, one_label, parameter, rows
 from restow.adapter_keys import PREFIX
-from restow.adapter_read import Pair, alias_names
+from restow.adapter_pair import Pair
+from restow.adapter_read import alias_names
 from restow.adapter_stamp import Place, Stamp
 from restow.errors import AdapterError, show
 from restow.layout import axis_size, name_of, shape_of
