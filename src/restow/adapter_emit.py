@@ -1,8 +1,8 @@
-"""The config of a converted adapter: what was there is kept word for word, and only what would mean something else changes.
+"""Ranks and scales in the config of a converted adapter: what was there is kept word for word where it means the same.
 
 Where ranks do not change, r, lora_alpha, both patterns and use_rslora stay verbatim, unused keys too. A module that PEFT
 would then scale otherwise than before (its name is another in the new format, or its rank has changed) gets a pattern
-of its own, before the others. Target fields are written so that they catch the modules of the file and no others.
+of its own, before the others. Nothing is rejected.
 """
 
 from __future__ import annotations
@@ -13,25 +13,9 @@ from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
-from restow.adapter_base import Base
 from restow.adapter_config import AdapterConfig, Number, adapter_config, alpha_of
 from restow.adapter_formats import Format
 from restow.adapter_match import matches
-from restow.segments import ends
-
-NEWEST = "0.21.2"
-VERSIONS = {"0.18": "0.18.1", "0.19.0": "0.19.0", "0.19.1": "0.19.1"}
-FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
-          "target_parameters", "peft_version", "lora_dropout", "restow_layout")  # fmt: skip
-RENAMED = (
-    "gate",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "w1",
-    "w2",
-    "w3",
-)  # what PEFT takes for experts by the leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,53 +130,3 @@ def written(config: AdapterConfig, **changes: Any) -> dict[str, Any]:
 
 def list_of(value: object) -> object:
     return list(value.items()) if isinstance(value, Mapping) else value
-
-
-def target_modules(config: AdapterConfig, plain: Sequence[str], base: Base) -> list[str]:
-    """Entries that catch these ordinary modules (full paths) and nothing else that the base has.
-
-    The source's own entries are kept where they do; a leaf that PEFT would take for the experts' (RENAMED) is written
-    with the segments before it.
-    """
-    names = config.raw.get("target_modules")
-    given = [str(n) for n in names] if isinstance(names, list | tuple | set) else []
-    linear = [n.removesuffix(".weight") for n in base.canonical_weights if n.endswith(".weight")]
-    other = set(linear) - {base.family.canonical(p) for p in plain} if base.checkpoint is not None else set()
-    kept: list[str] = []
-    left = list(plain)
-    for entry in given:
-        ours = [p for p in plain if ends(p, entry)]
-        if ours and entry not in RENAMED and not any(ends(o, entry) for o in other):
-            kept.append(entry)
-            left = [p for p in left if p not in ours]
-    for module in left:
-        if any(ends(module, entry) for entry in kept):
-            continue
-        segments = module.split(".")
-        for count in range(1, len(segments) + 1):
-            entry = ".".join(segments[-count:])
-            if segments[-count].isdecimal() and count < len(segments):
-                continue
-            caught = any(ends(o, entry) for o in other)
-            unsure = base.checkpoint is None and any(s.isdecimal() for s in segments) and entry not in given
-            if entry not in RENAMED and not caught and (not unsure or count == len(segments)):
-                kept.append(entry)
-                break
-        else:
-            kept.append(module)
-    return kept
-
-
-def target_parameters(
-    config: AdapterConfig, ours: Sequence[str], tails: Sequence[str], before: Sequence[str], every: bool
-) -> list[str]:
-    """Entries for the experts' parameters: their tails where every layer has them, else full names.
-
-    Entries that mean anything but experts (`before`: their parameters as the source may name them) stay.
-    """
-    given = config.names("target_parameters")
-    stay = [t for t in given if not any(ends(name, t) for name in (*ours, *before))]
-    mine = [t for t in given if any(ends(name, t) for name in ours)]
-    if every and mine and all(any(ends(n, t) for t in mine) for n in ours):
-        return list(given)
-    return [*(dict.fromkeys(tails if every else ours)), *stay]

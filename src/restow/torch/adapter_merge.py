@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from restow.adapter_base import BaseLike, base_of
+from restow.adapter_config import NO_MERGE
 from restow.adapter_formats import Faces
 from restow.adapter_orient import Options
 from restow.adapter_read import Plain, read_adapter
@@ -88,19 +89,19 @@ def merge(
     finds fatal in the base, under `strict` all that it finds.
     """
     started = time.perf_counter()
+    options = Options(faces, outer, expert_major)
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, family=family)
     odd = refuse(opened, strict)
     known = base_of(opened, family)
     if known.checkpoint is None or known.path is None:
         raise UsageError("a base in files to merge into", "one in memory")
     with AdapterFile(adapter) as file:
-        read = read_adapter(file.shapes, file.config, known, Options(faces, outer, expert_major))
-        for word in ("use_dora", "lora_bias"):
+        read = read_adapter(file.shapes, file.config, known, options)
+        for word in NO_MERGE:
             if file.config.raw.get(word):
                 raise AdapterError(f"{word} false", "true", path=file.config.path, hint="merge it with PEFT")
         todo = goals(read, known)
         job = _Merge(file, Deltas(file.get, file.config, known), todo, Book())
-        options = Options(faces, outer, expert_major)
         written = job.write(known.checkpoint, known.path, target, replace, expected(read), options)
         file.check()
     total = Kept()
