@@ -11,8 +11,9 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 
 from restow.checkpoint import Checkpoint
-from restow.codecs import CODES, COMPANIONS, WEIGHTS, coded_layouts, spelled, suits, weight_of
-from restow.coded import Coded, CodedWeights, DecodedTensors, logical_row
+from restow.codecs import CODES, COMPANIONS, WEIGHTS, spelled, weight_of
+from restow.coded import Coded, CodedWeights, DecodedTensors
+from restow.coded_rows import coded_layouts, logical_row, suits
 from restow.errors import UsageError, show
 from restow.layout import Layout
 from restow.module import Module

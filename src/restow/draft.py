@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from restow.boxes import strides_of, whole
 from restow.checkpoint import Checkpoint
-from restow.codecs import ragged
+from restow.coded_rows import ragged
 from restow.coding import Coding
 from restow.decoded import FLOATS, Coded, DecodedTensors
 from restow.entries import Entry
