@@ -12,6 +12,7 @@ from dataclasses import replace
 from restow.codecs import CODES, WEIGHTS, WORD_BITS, Codec, Companion, spelled
 from restow.layout import Layout
 from restow.notation import Dim, Factor, Row
+from restow.roles import LEAF
 
 
 def coded_layouts(layout: Layout, codec: Codec, roles: Sequence[str] = WEIGHTS) -> Iterator[Layout]:
@@ -32,8 +33,7 @@ def is_linear(layout: Layout, at: int = -1) -> bool:
     `at` -2: whether it has it before the last, as `x @ W` wants it.
     """
     there = {row.role: str(row.dims[at]) for row in layout.rows if row.role in WEIGHTS and len(row.dims) > 1}
-    wanted = {"in": "d", "out": "f", "in2": "d", "out2": "f"}
-    return {"in", "out"} <= there.keys() and all(wanted[role] == axis for role, axis in there.items())
+    return {"in", "out"} <= there.keys() and all(LEAF[role][-1] == axis for role, axis in there.items())
 
 
 def suits(layout: Layout, codec: Codec) -> bool:
