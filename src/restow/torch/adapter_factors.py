@@ -21,6 +21,7 @@ from restow.layout import axis_size, shape_of
 from restow.moves import Frozen, Move, Side, freeze, moves
 from restow.notation import Row
 from restow.targets import Runs
+from restow.torch.dtypes import whole_numbers
 from restow.torch.strides import real_places
 from restow.torch.tiles import move
 
@@ -139,5 +140,5 @@ def common_dtype(tensors: Sequence[torch.Tensor | None]) -> torch.dtype:
 
 def bits_equal(one: torch.Tensor, two: torch.Tensor) -> bool:
     """Equal to the bit: -0.0 is not 0.0."""
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return one.dtype == two.dtype and one.shape == two.shape and torch.equal(one.view(width), two.view(width))
+    alike = one.dtype == two.dtype and one.shape == two.shape
+    return alike and torch.equal(whole_numbers(one), whole_numbers(two))
