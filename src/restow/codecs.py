@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 from restow.roles import LEAF
 
-FLOATS = ("F32", "F16", "BF16")
 WORD_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32}
 COMPANIONS = (".scale", ".scale2", ".scale3", ".scale4", ".spare", ".spare2")  # the ends of companions' roles
 CODES = ".codes"

@@ -18,8 +18,6 @@ from restow.errors import UsageError, show
 from restow.layout import Layout
 from restow.module import Module
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-
 
 def decoded(found: Checkpoint, keep: Container[str] = ()) -> Checkpoint:
     """The checkpoint with its coded weights as plain ones, those whose raw names (or modules' paths) are in `keep` apart."""
@@ -81,4 +79,4 @@ def _plain(module: Module) -> Module:
     return replace(module, layout=Layout(tuple(rows)), tensors=tensors, codec=None)
 
 
-__all__ = ["FLOATS", "Coded", "CodedWeights", "DecodedTensors", "coded_as", "decoded", "kept_coded"]
+__all__ = ["Coded", "CodedWeights", "DecodedTensors", "coded_as", "decoded", "kept_coded"]

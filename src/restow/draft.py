@@ -15,8 +15,8 @@ from restow.boxes import strides_of, whole
 from restow.checkpoint import Checkpoint
 from restow.coded_rows import ragged
 from restow.coding import Coding
-from restow.decoded import FLOATS, Coded, DecodedTensors
-from restow.entries import Entry
+from restow.decoded import Coded, DecodedTensors
+from restow.entries import FLOATS, Entry
 from restow.errors import CoverageError, QuantizationError, ShapeMismatchError, show
 from restow.landing import Wish, chosen_experts, chosen_rows, held_side
 from restow.layout import shape_of

@@ -13,6 +13,7 @@ from math import prod
 from restow.boxes import held
 from restow.checkpoint import Checkpoint
 from restow.decoded import DecodedTensors
+from restow.entries import FLOATS
 from restow.errors import show
 from restow.landing import Wish, pair_modules
 from restow.layout import name_of, shape_of
@@ -25,7 +26,7 @@ from restow.torch.dtypes import torch_dtype, wider
 from restow.torch.leaves import name_index
 from restow.torch.verify_report import Difference
 
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+NUMBERS = (*FLOATS, "F8_E4M3", "F8_E5M2")  # what is compared in the wider of two
 
 
 @dataclass(frozen=True)
@@ -183,4 +184,4 @@ def _spelled(row: Row, place: int, module: Module) -> str:
 
 def _common(a: str, b: str) -> str | None:
     """The dtype in which two are compared: the one that holds the other, F32 for two floats of which none does."""
-    return a if a == b else wider((a, b)) if a in FLOATS and b in FLOATS else None
+    return a if a == b else wider((a, b)) if a in NUMBERS and b in NUMBERS else None
