@@ -122,11 +122,12 @@ def written(config: AdapterConfig, **changes: Any) -> dict[str, Any]:
     had = {"r": before.rank, "lora_alpha": before.alpha, "use_rslora": before.rslora,
            "rank_pattern": dict(before.ranks), "alpha_pattern": dict(before.alphas)}  # fmt: skip
     for field, value in values.items():
-        if field in had and value == had[field] and list_of(value) == list_of(had[field]):
+        if field in had and value == had[field] and _listed(value) == _listed(had[field]):
             continue
         raw[field] = value
     return raw
 
 
-def list_of(value: object) -> object:
+def _listed(value: object) -> object:
+    """A table with its order, which is that in which patterns are asked."""
     return list(value.items()) if isinstance(value, Mapping) else value

@@ -15,6 +15,7 @@ from restow.module import Shapes
 
 
 def no_expert(path: object, name: str, number: int, limit: int) -> AdapterError:
+    """An expert past the base's last one."""
     return AdapterError(
         f"adapters for experts 0 to {limit - 1}, which the base has",
         f"expert {number} in {show(name)}",
@@ -39,6 +40,7 @@ def exchanged(path: object, shapes: Shapes, a: str, b: str) -> AdapterError:
 def other_rank(
     path: object, shapes: Shapes, module: str, names: Sequence[str], rank: int, found: int
 ) -> AdapterError:
+    """Factors of another rank than the config's; `names` are A and B."""
     return AdapterError(
         f"rank {rank} for {show(module)}, as the config says",
         f"tensors of rank {found}",
@@ -50,6 +52,7 @@ def other_rank(
 
 
 def other_shape(path: object, shapes: Shapes, module: str, name: str, want: Sequence[object]) -> AdapterError:
+    """A factor of another shape than the base\'s sizes and the rank give."""
     return AdapterError(
         f"shape [{', '.join(map(str, want))}] for {show(name)}, which the base gives",
         f"{list(shapes[name])}",
@@ -71,6 +74,7 @@ def two_scales(path: object, module: str, said: Mapping[tuple[int, Number], str]
 
 
 def other_family(path: object, wanted: str, found: str) -> AdapterError:
+    """An adapter that PEFT says was trained on another family."""
     return AdapterError(
         f"an adapter for the base's family, {wanted}",
         f"one that was trained on {found} (auto_mapping)",
