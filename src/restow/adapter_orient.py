@@ -78,21 +78,13 @@ def wrapped_roles(
         for one in (fused, apart)
     ]
     units: Mapping[Unit, str] = {}
-    if not any(asked):
-        units = next((one for one in (fused, apart) if len(one) == len(by_depth)), {})
-        if len(by_depth) == 1:
-            tries = [{unit: name} for unit, name in fused.items()]
-            could = [
-                one
-                for one in tries
-                if any(
-                    fits(_wrappers(path, kind, one, by_depth), f, config, family, shapes, sizes)
-                    for f in get_args(Faces)
-                )
-            ]
-            units = could[0] if len(could) == 1 else {}
-    else:
-        units = next((one for one in asked if len(one) == len(by_depth)), {})
+    if any(asked) or len(by_depth) > 1:
+        known = asked if any(asked) else [fused, apart]
+        units = next((one for one in known if len(one) == len(by_depth)), {})
+    else:  # shapes may say it: one parameter that fits, and no other
+        tries = [_wrappers(path, kind, {unit: name}, by_depth) for unit, name in fused.items()]
+        could = [one for one in tries if possible_faces(one, config, family, shapes, sizes)]
+        units = could[0].parameters if len(could) == 1 else {}
     if not units:
         count = max(map(len, asked))
         raise AdapterError(
@@ -122,7 +114,14 @@ def _wrappers(
     return Wrappers(path, kind, {unit: by_depth[n] for unit, n in depth.items()}, depth, units)
 
 
-def fits(
+def possible_faces(
+    module: Wrappers, config: AdapterConfig, family: Family, shapes: Shapes, sizes: Mapping[str, int]
+) -> list[Faces]:
+    """The sides that lora_A of a module may face by its tensors' shapes."""
+    return [faces for faces in get_args(Faces) if _fits(module, faces, config, family, shapes, sizes)]
+
+
+def _fits(
     module: Wrappers,
     faces: Faces,
     config: AdapterConfig,
@@ -164,10 +163,7 @@ def decide_faces(
     sizes: Mapping[str, Mapping[str, int]], options: Options,
 ) -> dict[str, tuple[Faces, str]]:  # fmt: skip
     """By module path: the side that lora_A faces, and what decided it. Raises `AdapterError` where nothing does."""
-    possible = {
-        m.path: [f for f in get_args(Faces) if fits(m, f, config, family, shapes, sizes[m.path])]
-        for m in modules
-    }
+    possible = {m.path: possible_faces(m, config, family, shapes, sizes[m.path]) for m in modules}
     for m in modules:
         if not possible[m.path]:
             raise _no_fit(m, config, family, shapes, sizes[m.path])
