@@ -17,6 +17,8 @@ from restow.entries import Entry
 from restow.plans import Part
 from restow.tensors import places_of
 
+_Key = str | tuple[str, int]  # a tensor's first piece by its name, a further one with its number
+
 
 class Parts:
     """The parts of one plan, and the codings that they have; local to one call."""
@@ -24,7 +26,7 @@ class Parts:
     def __init__(self, source: Checkpoint) -> None:
         self._source = source
         self._parts: list[Part] = []
-        self._ids: dict[tuple[str, int], int] = {}  # by tensor and piece
+        self._ids: dict[_Key, int] = {}
         self.codings: dict[Coding, int] = {}
 
     def is_coded(self, number: int) -> bool:
@@ -33,13 +35,17 @@ class Parts:
 
     def numbers(self, names: Sequence[str], pieces: Sequence[int]) -> list[int]:
         """The numbers of the parts that pieces of tensors are; new ones are made."""
-        source, keys = self._source, list(zip(names, pieces, strict=True))
+        source = self._source
+        keys = [(name, piece) if piece else name for name, piece in zip(names, pieces, strict=True)]
         if source.coded is None and not source.several and self._ids.keys().isdisjoint(keys):
             first, places = len(self._parts), places_of(source.tensors, names)
             self._parts += [Part(name, *place) for name, place in zip(names, places, strict=True)]
             self._ids.update(zip(keys, count(first)))
             return list(range(first, len(self._parts)))
-        return [self._new(*key) if key not in self._ids else self._ids[key] for key in keys]
+        return [
+            self._ids[key] if key in self._ids else self._new(key, name, piece)
+            for key, name, piece in zip(keys, names, pieces, strict=True)
+        ]
 
     def ordered(self) -> tuple[tuple[Part, ...], list[int]]:
         """The parts in the order of the source's bytes, and the place there of each number."""
@@ -52,10 +58,10 @@ class Parts:
             parts = [part._replace(scales=tuple(place[k] for k in part.scales)) for part in parts]
         return tuple(parts), place
 
-    def _new(self, name: str, number: int) -> int:
+    def _new(self, key: _Key, name: str, number: int) -> int:
         entry = self._source.tensors[name]
         piece = entry.pieces[number]
-        made = self._ids[name, number] = len(self._parts)
+        made = self._ids[key] = len(self._parts)
         coded = self._source.coded.get(name) if self._source.coded is not None else None
         if coded is None:
             self._parts.append(Part(name, entry.dtype, piece.file, piece.begin, piece.end))
