@@ -76,9 +76,11 @@ class Job:
             for block in module.blocks:
                 if scale is not None and not exact(self.reading.folded(block, scale)[1]):
                     yield key_of(base, block.path, block.role, block.labels), block.b
+        if scale is None:
+            return
         for plain in self.adapter.plain:
             b, said = self.reading.plain_b(plain)
-            if scale is not None and not exact(ratio_of(said, scale)):
+            if not exact(ratio_of(said, scale)):
                 yield plain_key(plain.module), b
 
 

@@ -1,6 +1,7 @@
 """What a state's tensors are called in the files of a save: renames the other way round, then the hub's own names.
 
-Of several names of one memory one is written, any other before the head's. Rejected are names that `rename` has no place for.
+Of several names of one memory one is written, any other before the head's. Rejected are names for which `rename` has
+no place.
 """
 
 from __future__ import annotations
