@@ -22,6 +22,7 @@ from restow.layout import shape_of
 from restow.module import Module
 from restow.opening import family_of, open_checkpoint
 from restow.problems import merged
+from restow.segments import ends
 
 BaseLike = str | os.PathLike[str] | Checkpoint
 
@@ -66,7 +67,7 @@ class Base:
         if (layer, which) in self._modules:
             return self._modules[layer, which]
         near = [m for (other, i), m in self._modules.items()
-                if i == which and (_ends(other, layer) or _ends(layer, other))]  # fmt: skip
+                if i == which and (ends(other, layer) or ends(layer, other))]  # fmt: skip
         if len(near) != 1:
             raise AdapterError(
                 "an adapter for experts that the base has",
@@ -123,10 +124,6 @@ class Base:
     def expert_shape(self, role: str) -> tuple[int, ...]:
         """The shape of the runtime's stacked parameter."""
         return shape_of(self.family.form("fused").row(role), {"p": len(self.family.labels), **self.sizes})
-
-
-def _ends(name: str, end: str) -> bool:
-    return bool(end) and (name == end or name.endswith("." + end))
 
 
 def base_of(base: BaseLike | Base | None, family: str | Family | None, hint: object = None) -> Base:

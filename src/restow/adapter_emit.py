@@ -1,8 +1,8 @@
-"""The config of a converted adapter: what was there is kept word for word, and only what would mean something else changes.
+"""Ranks and scales in the config of a converted adapter: what was there is kept word for word where it means the same.
 
 Where ranks do not change, r, lora_alpha, both patterns and use_rslora stay verbatim, unused keys too. A module that PEFT
 would then scale otherwise than before (its name is another in the new format, or its rank has changed) gets a pattern
-of its own, before the others. Target fields are written so that they catch the modules of the file and no others.
+of its own, before the others. Nothing is rejected.
 """
 
 from __future__ import annotations
@@ -13,24 +13,10 @@ from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
-from restow.adapter_base import Base
 from restow.adapter_config import AdapterConfig, Number, adapter_config, alpha_of
 from restow.adapter_formats import Format
 from restow.adapter_match import matches
-
-NEWEST = "0.21.2"
-VERSIONS = {"0.18": "0.18.1", "0.19.0": "0.19.0", "0.19.1": "0.19.1"}
-FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
-          "target_parameters", "peft_version", "lora_dropout", "restow_layout")  # fmt: skip
-RENAMED = (
-    "gate",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "w1",
-    "w2",
-    "w3",
-)  # what PEFT takes for experts by the leaf
+from restow.segments import ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +98,9 @@ def says(config: AdapterConfig, wanted: Iterable[Wanted]) -> bool:
 def catches(raw: Mapping[str, Any], wanted: Iterable[Wanted]) -> bool:
     """Whether target fields catch every name that PEFT asks for; an expression (`all-linear`) is taken at its word."""
     fields = [raw.get("target_modules"), raw.get("target_parameters")]
-    ends = [str(end) for field in fields if isinstance(field, list) for end in field]
+    caught = [str(end) for field in fields if isinstance(field, list) for end in field]
     names = (name for w in wanted if not w.aliases for name in w.names)
-    return any(isinstance(f, str) for f in fields) or all(any(_ends(n, end) for end in ends) for n in names)
+    return any(isinstance(f, str) for f in fields) or all(any(ends(n, end) for end in caught) for n in names)
 
 
 def one_scale(config: AdapterConfig, wanted: Sequence[Wanted], fmt: Format) -> tuple[int, Number, bool]:
@@ -145,65 +131,12 @@ def written(config: AdapterConfig, **changes: Any) -> dict[str, Any]:
     had = {"r": before.rank, "lora_alpha": before.alpha, "use_rslora": before.rslora,
            "rank_pattern": dict(before.ranks), "alpha_pattern": dict(before.alphas)}  # fmt: skip
     for field, value in values.items():
-        if field in had and value == had[field] and list_of(value) == list_of(had[field]):
+        if field in had and value == had[field] and _listed(value) == _listed(had[field]):
             continue
         raw[field] = value
     return raw
 
 
-def list_of(value: object) -> object:
+def _listed(value: object) -> object:
+    """A table with its order, which is that in which patterns are asked."""
     return list(value.items()) if isinstance(value, Mapping) else value
-
-
-def target_modules(config: AdapterConfig, plain: Sequence[str], base: Base) -> list[str]:
-    """Entries that catch these ordinary modules (full paths) and nothing else that the base has.
-
-    The source's own entries are kept where they do; a leaf that PEFT would take for the experts' (RENAMED) is written
-    with the segments before it.
-    """
-    names = config.raw.get("target_modules")
-    given = [str(n) for n in names] if isinstance(names, list | tuple | set) else []
-    linear = [n.removesuffix(".weight") for n in base.canonical_weights if n.endswith(".weight")]
-    other = set(linear) - {base.family.canonical(p) for p in plain} if base.checkpoint is not None else set()
-    kept: list[str] = []
-    left = list(plain)
-    for entry in given:
-        ours = [p for p in plain if _ends(p, entry)]
-        if ours and entry not in RENAMED and not any(_ends(o, entry) for o in other):
-            kept.append(entry)
-            left = [p for p in left if p not in ours]
-    for module in left:
-        if any(_ends(module, entry) for entry in kept):
-            continue
-        segments = module.split(".")
-        for count in range(1, len(segments) + 1):
-            entry = ".".join(segments[-count:])
-            if segments[-count].isdecimal() and count < len(segments):
-                continue
-            caught = any(_ends(o, entry) for o in other)
-            unsure = base.checkpoint is None and any(s.isdecimal() for s in segments) and entry not in given
-            if entry not in RENAMED and not caught and (not unsure or count == len(segments)):
-                kept.append(entry)
-                break
-        else:
-            kept.append(module)
-    return kept
-
-
-def target_parameters(
-    config: AdapterConfig, ours: Sequence[str], tails: Sequence[str], before: Sequence[str], every: bool
-) -> list[str]:
-    """Entries for the experts' parameters: their tails where every layer has them, else full names.
-
-    Entries that mean anything but experts (`before`: their parameters as the source may name them) stay.
-    """
-    given = config.names("target_parameters")
-    stay = [t for t in given if not any(_ends(name, t) for name in (*ours, *before))]
-    mine = [t for t in given if any(_ends(name, t) for name in ours)]
-    if every and mine and all(any(_ends(n, t) for t in mine) for n in ours):
-        return list(given)
-    return [*(dict.fromkeys(tails if every else ours)), *stay]
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")

@@ -102,6 +102,11 @@ def sort_names(names: Iterable[str], family: Family, path: object = None) -> Sor
     return out
 
 
+def module_of(name: str) -> str:
+    """The module whose factor a tensor is, as PEFT names it."""
+    return name.removeprefix(PREFIX).rpartition(".lora_")[0]
+
+
 def half(module: str, factors: Mapping[str, str], path: object) -> list[RestowError]:
     """A factor without its partner."""
     for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):

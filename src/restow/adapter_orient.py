@@ -14,12 +14,13 @@ from typing import NamedTuple, get_args
 
 from restow.adapter_config import AdapterConfig
 from restow.adapter_formats import Faces, Kind, era_of, faces_of, leaf, parameter, rows
-from restow.adapter_keys import PREFIX, Found, half
+from restow.adapter_keys import Found, half, module_of
 from restow.errors import AdapterError, UsageError, show
 from restow.family import Family
 from restow.layout import solve_sizes
 from restow.notation import Row
 from restow.problems import merged
+from restow.segments import ends
 
 Shapes = Mapping[str, tuple[int, ...]]
 Unit = tuple[str, int | None]  # what one wrapper is around: a role, or one projection of it
@@ -64,8 +65,7 @@ def wrapped_roles(
         if len(f.names) != len(f.rows):
             name = next(name for names in f.names.values() for name in names.values())
             word = "lora_A" if "lora_A" in name else "lora_B"
-            module = name.removeprefix(PREFIX).rpartition(f".{word}")[0]
-            raise merged(half(module, {word: name}, config.path))
+            raise merged(half(module_of(name), {word: name}, config.path))
     by_depth = {f.spelled.depth: (f.names["out.A"][()], f.names["out.B"][()]) for f in found}
     kind: Kind = "wrapper" if len(shapes[by_depth[min(by_depth)][0]]) == 2 else "wrapper3"
     most = len(family.labels) + 1
@@ -80,25 +80,17 @@ def wrapped_roles(
         fused, apart = (dict(reversed(one.items())) for one in (fused, apart))
     targets = config.names("target_parameters")
     asked = [
-        {unit: name for unit, name in one.items() if any(_ends(name, t) for t in targets)}
+        {unit: name for unit, name in one.items() if any(ends(name, t) for t in targets)}
         for one in (fused, apart)
     ]
     units: Mapping[Unit, str] = {}
-    if not any(asked):
-        units = next((one for one in (fused, apart) if len(one) == len(by_depth)), {})
-        if len(by_depth) == 1:
-            tries = [{unit: name} for unit, name in fused.items()]
-            could = [
-                one
-                for one in tries
-                if any(
-                    fits(_wrappers(path, kind, one, by_depth), f, config, family, shapes, sizes)
-                    for f in get_args(Faces)
-                )
-            ]
-            units = could[0] if len(could) == 1 else {}
-    else:
-        units = next((one for one in asked if len(one) == len(by_depth)), {})
+    if any(asked) or len(by_depth) > 1:
+        known = asked if any(asked) else [fused, apart]
+        units = next((one for one in known if len(one) == len(by_depth)), {})
+    else:  # shapes may say it: one parameter that fits, and no other
+        tries = [_wrappers(path, kind, {unit: name}, by_depth) for unit, name in fused.items()]
+        could = [one for one in tries if possible_faces(one, config, family, shapes, sizes)]
+        units = could[0].parameters if len(could) == 1 else {}
     if not units:
         count = max(map(len, asked))
         raise AdapterError(
@@ -128,7 +120,14 @@ def _wrappers(
     return Wrappers(path, kind, {unit: by_depth[n] for unit, n in depth.items()}, depth, units)
 
 
-def fits(
+def possible_faces(
+    module: Wrappers, config: AdapterConfig, family: Family, shapes: Shapes, sizes: Mapping[str, int]
+) -> list[Faces]:
+    """The sides that lora_A of a module may face by its tensors' shapes."""
+    return [faces for faces in get_args(Faces) if _fits(module, faces, config, family, shapes, sizes)]
+
+
+def _fits(
     module: Wrappers,
     faces: Faces,
     config: AdapterConfig,
@@ -170,10 +169,7 @@ def decide_faces(
     sizes: Mapping[str, Mapping[str, int]], options: Options,
 ) -> dict[str, tuple[Faces, str]]:  # fmt: skip
     """By module path: the side that lora_A faces, and what decided it. Raises `AdapterError` where nothing does."""
-    possible = {
-        m.path: [f for f in get_args(Faces) if fits(m, f, config, family, shapes, sizes[m.path])]
-        for m in modules
-    }
+    possible = {m.path: possible_faces(m, config, family, shapes, sizes[m.path]) for m in modules}
     for m in modules:
         if not possible[m.path]:
             raise _no_fit(m, config, family, shapes, sizes[m.path])
@@ -229,7 +225,3 @@ def _no_fit(
         sections=[("tensors", (f"{show(n)} {list(shapes[n])}" for n in names))],
         hint="this adapter was trained on a base of other sizes, or its tensors are exchanged",
     )
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from restow.adapter_config import AdapterConfig
-from restow.adapter_emit import FIELDS
 
 KEY = "restow.adapter"
-Place = tuple[tuple[int, ...], int, int]
+NUMBERS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # the fields that make a scale
+FIELDS = (*NUMBERS, "target_modules", "target_parameters", "peft_version", "lora_dropout", "restow_layout")
+Place = tuple[tuple[int, ...], int, int]  # projections, first column of the rank, columns
 
 
 @dataclass(frozen=True)

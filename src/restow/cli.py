@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +35,10 @@ from restow.options import (
     layout_option,
 )
 from restow.terminal import Answer, Signalled, code_of, held, run, signals
+
+if TYPE_CHECKING:
+    from restow.adapter_base import Base
+    from restow.adapter_orient import Options
 
 app = typer.Typer(
     add_completion=False,
@@ -220,7 +224,7 @@ def lora(
     from restow.adapter_formats import judge_name
     from restow.adapter_open import judge_adapter
     from restow.adapter_orient import Options
-    from restow.answers import adapted, checked
+    from restow.answers import adapted
 
     if to is not None:
         judge_name(to, checkable=check)  # an unknown name ends here, before torch is imported
@@ -229,28 +233,30 @@ def lora(
     if (target is None or to is None) and not (check and target is None and to is None):
         given = "--to alone" if to is not None else "DST alone" if target is not None else "neither"
         raise UsageError("DST and --to FORMAT, or --check with --base", given)
-    known = judge_adapter(
-        source, base, family, Options(faces, outer, expert_major)
-    )  # and so does a bad input
-    done = None
-    if target is not None and to is not None:
-        with held():
-            from restow.torch.adapter_convert import convert as do
-
-        done = adapted(do(source, target, to=to, base=known, family=family, faces=faces, outer=outer,
-                          expert_major=expert_major, replace=replace))  # fmt: skip
-        if not check:
-            return done
+    options = Options(faces, outer, expert_major)
+    known = judge_adapter(source, base, family, options)  # and so does a bad input
+    if target is None or to is None:
+        return _checked(source, known, family, options)
     with held():
-        from restow.torch.adapter_check import check as run_check
+        from restow.torch.adapter_convert import convert as do
 
-    if done is None:
-        return checked(
-            run_check(source, known, family=family, faces=faces, outer=outer, expert_major=expert_major)
-        )
-    assert target is not None
-    said = checked(run_check(target, known, family=family))
+    done = adapted(do(source, target, to=to, base=known, family=family, faces=faces, outer=outer,
+                      expert_major=expert_major, replace=replace))  # fmt: skip
+    if not check:
+        return done
+    said = _checked(target, known, family, Options())
     return Answer({**done.data, "check": said.data}, [*done.lines, *said.lines], said.code)
+
+
+def _checked(folder: str, base: Base, family: str | None, options: Options) -> Answer:
+    """What the installed PEFT makes of an adapter."""
+    from restow.answers import checked
+
+    with held():
+        from restow.torch.adapter_check import check
+
+    faces, outer, expert_major = options
+    return checked(check(folder, base, family=family, faces=faces, outer=outer, expert_major=expert_major))
 
 
 @verb
@@ -280,19 +286,8 @@ def merge(
     with held():
         from restow.torch.adapter_merge import merge as do
 
-    return adapted(
-        do(
-            opened,
-            adapter,
-            target,
-            family=family,
-            faces=faces,
-            outer=outer,
-            expert_major=expert_major,
-            replace=replace,
-            strict=strict,
-        )
-    )
+    return adapted(do(opened, adapter, target, family=family, faces=faces, outer=outer, expert_major=expert_major,
+                      replace=replace, strict=strict))  # fmt: skip
 
 
 @verb

@@ -13,7 +13,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from restow.codecs import CODECS, COMPANIONS, Codec, coded_layouts, suits
+from restow.codecs import CODECS, COMPANIONS, Codec
+from restow.coded_rows import coded_layouts, suits
 from restow.errors import ConfigError, QuantizationError, RestowError, show
 from restow.family import Spelling
 

@@ -1,4 +1,4 @@
-"""How quantised weights are stored: tables of codecs, and the rows that a weight's row turns into under one of them.
+"""How quantised weights are stored: tables of codecs.
 
     fp8    e4m3  8  F8_E4M3
       codes    {}             r c
@@ -12,30 +12,19 @@ Companions (`scale`, `scale2`) say how they act on the element; `spare` rows are
 follow from this table: the element's `values`, a `note` of type and shape.
 A scale may itself be `coded`: the next row is the `table` of what its bytes mean, `nested` its scales, `offset` a note
 whose `nested_offset` is added; such notes have lengths of their own.
-Nothing here knows files. Rejected are weights that a codec cannot say: `None`.
+What rows a weight's row turns into under a codec is for `coded_rows` to say. Nothing is rejected: the table is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
-from restow.layout import Layout
-from restow.notation import Dim, Factor, Row
+from restow.roles import LEAF
 
-FLOATS = ("F32", "F16", "BF16")
 WORD_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32}
-COMPANIONS = (
-    ".scale",
-    ".scale2",
-    ".scale3",
-    ".scale4",
-    ".spare",
-    ".spare2",
-)  # what the roles of companion rows end with
+COMPANIONS = (".scale", ".scale2", ".scale3", ".scale4", ".spare", ".spare2")  # the ends of companions' roles
 CODES = ".codes"
-WEIGHTS = ("in", "out", "in2", "out2")  # the roles that are coded: of both banks, where there are two
+WEIGHTS = tuple(LEAF)  # the roles that are coded
 NESTED = ("table", "nested", "offset")  # what acts on the coded scale before it, not on elements
 ACTS = ("multiply", "divide", "exponent", "coded", *NESTED, "values", "note")
 
@@ -165,6 +154,7 @@ class Codec(NamedTuple):
         return all(scale.how == "exponent" for scale in self.scales)
 
     def companions(self, spares: bool) -> tuple[Companion, ...]:
+        """The rows beside the codes, in order."""
         return (*self.scales, *(self.spares if spares else ()))
 
 
@@ -201,42 +191,6 @@ def parse_codecs(text: str) -> dict[str, Codec]:
 CODECS = parse_codecs(TABLE)
 
 
-def coded_layouts(layout: Layout, codec: Codec, roles: Sequence[str] = WEIGHTS) -> Iterator[Layout]:
-    """A layout under a codec: with the rows of its codes and companions; once more with spares, if it has any."""
-    for spares in (False, True) if codec.spares else (False,):
-        rows: list[Row] = []
-        for row in layout.rows:
-            if row.role not in roles:
-                rows.append(row)
-                continue
-            rows += [_row(row, each, codec) for each in (codec.codes, *codec.companions(spares))]
-        yield Layout(tuple(rows))
-
-
-def is_linear(layout: Layout, at: int = -1) -> bool:
-    """Whether every weight has its input axis last, as torch's Linear: then a row of a scale grid is one of outputs.
-
-    `at` -2: whether it has it before the last, as `x @ W` wants it.
-    """
-    there = {row.role: str(row.dims[at]) for row in layout.rows if row.role in WEIGHTS and len(row.dims) > 1}
-    wanted = {"in": "d", "out": "f", "in2": "d", "out2": "f"}
-    return {"in", "out"} <= there.keys() and all(wanted[role] == axis for role, axis in there.items())
-
-
-def suits(layout: Layout, codec: Codec) -> bool:
-    """Whether a layout has the input axis where a codec's rows have it."""
-    return is_linear(layout, -2 if codec.across else -1)
-
-
-def ragged(row: Row) -> bool:
-    """Whether the tensors of a row have lengths of their own: notes that values depend on."""
-    return row.role.startswith(f"{row.base}.scale") and _length(row.base) in row.dims
-
-
-def _length(base: str) -> Dim:
-    return Dim((Factor(f"s{base}"),))
-
-
 def spelled(pattern: str, name: str) -> str:
     """The name of a weight's companion, or of its codes."""
     for word, end in (("{-}", ".weight"), ("{_}", "_proj"), ("{}", "")):
@@ -251,70 +205,3 @@ def weight_of(pattern: str, name: str) -> str | None:
     if not name.endswith(end) or len(name) == len(end):
         return None
     return name[: len(name) - len(end)] + (".weight" if bare else "")
-
-
-def _row(row: Row, companion: Companion, codec: Codec) -> Row:
-    *head, last = row.name if isinstance(row.name[-1], str) else (*row.name, "")
-    assert isinstance(last, str)
-    word = spelled(companion.name, last)
-    name = (*head, word) if word else tuple(head)
-    role = row.role + companion.role
-    if companion is codec.codes and companion.dims == ("r", "c"):
-        role = row.role
-    stack, matrix = row.dims[:-2], dict(zip("rc", row.dims[-2:], strict=True))
-    dims = [_dim(word, matrix, codec.block, row.base) for word in companion.dims]
-    if not companion.dims or (companion.role.startswith(".spare") and companion.dims == ("2",)):
-        stack = ()
-    return Row(role, name, (*stack, *dims))
-
-
-def _dim(word: str, matrix: dict[str, Dim], block: tuple[int, int], base: str) -> Dim:
-    letter, _, by = word.partition("/")
-    if letter == "rc":
-        return Dim((*matrix["r"].factors, *matrix["c"].factors), int(by))
-    if letter == "?":
-        return _length(base)
-    if letter not in matrix:
-        return Dim((Factor("", 1, int(word)),))
-    divisor = int(by) if by.isdecimal() else {"": 1, "R": block[0], "C": block[1]}[by]
-    if divisor == 0:  # one scale for all of them
-        return Dim((Factor("", 1, 1),))
-    return divided(matrix[letter], divisor)
-
-
-def divided(dim: Dim, by: int) -> Dim:
-    """A dim with one place for every `by` of its own."""
-    if by == 1:
-        return dim
-    if len(dim.factors) == 1 and dim.divisor == 1:
-        return Dim((replace(dim.factors[0], divisor=by),))
-    return Dim(dim.factors, by)
-
-
-def logical(row: Row, bits: int, word: int) -> Row | None:
-    """The row of what codes decode to: packed words along an axis put together again; None where that is no row.
-
-    `in.codes w1_packed e f d/8` with 4 of 32 bits, and `in.codes w1_blocks e f d/32 16` with 4 of 8 bits, are
-    `in ... e f d`.
-    """
-    role = row.role.removesuffix(CODES)
-    dims: list[Dim] = []
-    left = 1
-    for dim in row.dims:
-        factor = dim.factors[0]
-        if left > 1:
-            if not factor.fixed or left % factor.fixed:
-                return None
-            left //= factor.fixed
-            continue
-        if factor.fixed == 1:
-            continue
-        by = dim.divisor if dim.divisor != 1 else factor.divisor if len(dim.factors) == 1 else 1
-        if by == 1:
-            dims.append(dim)
-            continue
-        if by % (word // bits):
-            return None
-        left = by // (word // bits)
-        dims.append(Dim(tuple(replace(f, divisor=1) for f in dim.factors)))
-    return Row(role, row.name, tuple(dims), row.exact) if left == 1 else None

@@ -11,13 +11,12 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 
 from restow.checkpoint import Checkpoint
-from restow.codecs import CODES, COMPANIONS, WEIGHTS, coded_layouts, spelled, suits, weight_of
-from restow.coded import Coded, CodedWeights, DecodedTensors, logical_row
+from restow.codecs import CODES, COMPANIONS, WEIGHTS, spelled, weight_of
+from restow.coded import Coded, CodedWeights, DecodedTensors
+from restow.coded_rows import coded_layouts, logical_row, suits
 from restow.errors import UsageError, show
 from restow.layout import Layout
 from restow.module import Module
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def decoded(found: Checkpoint, keep: Container[str] = ()) -> Checkpoint:
@@ -80,4 +79,4 @@ def _plain(module: Module) -> Module:
     return replace(module, layout=Layout(tuple(rows)), tensors=tensors, codec=None)
 
 
-__all__ = ["FLOATS", "Coded", "CodedWeights", "DecodedTensors", "coded_as", "decoded", "kept_coded"]
+__all__ = ["Coded", "CodedWeights", "DecodedTensors", "coded_as", "decoded", "kept_coded"]

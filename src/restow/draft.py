@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain, count
+from itertools import chain
 from typing import NamedTuple
 
-from restow.boxes import strides_of, whole
+from restow.boxes import whole
 from restow.checkpoint import Checkpoint
-from restow.codecs import ragged
-from restow.coding import Coding
-from restow.decoded import FLOATS, Coded, DecodedTensors
-from restow.entries import Entry
+from restow.coded_rows import ragged
+from restow.entries import FLOATS, Entry
 from restow.errors import CoverageError, QuantizationError, ShapeMismatchError, show
 from restow.landing import Wish, chosen_experts, chosen_rows, held_side
 from restow.layout import shape_of
@@ -25,10 +23,10 @@ from restow.module import Module
 from restow.moves import Move, Pattern, Side, freeze, moves
 from restow.notation import Dim, Factor, Row
 from restow.notes import Take, note_pairs
-from restow.plans import Copy, Part, Plan
+from restow.parts import Parts
+from restow.plans import Copy, Plan
 from restow.quantized import no_values, refuse_cast
 from restow.targets import Runs, Target
-from restow.tensors import places_of
 
 
 class Columns(NamedTuple):
@@ -47,10 +45,10 @@ class Columns(NamedTuple):
 
 
 Known = dict[object, list[Columns]]
-_Key = str | tuple[str, int]  # a tensor's first piece by its name, a further one with its number
 
 
 def columns_of(made: Sequence[Move]) -> Columns:
+    """Moves as columns, in their order."""
     reads: dict[tuple[int, int], int] = {}
     patterns: dict[Pattern, int] = {}
     which = [reads.setdefault(move[:2], len(reads)) for move in made]
@@ -80,11 +78,9 @@ class Draft:
         self.source, self.wish, self.known = source, wish, known
         self.chosen = dict(chosen)
         self.target_ids = {name: i for i, name in enumerate(chosen)}
-        self.parts: list[Part] = []
-        self.part_ids: dict[_Key, int] = {}
+        self.parts = Parts(source)
         self.patterns: dict[Pattern, int] = {}
         self.booked: list[_Booked] = []
-        self.codings: dict[Coding, int] = {}
         self.lost: list[Lost] = []
 
     def add_role(self, source: Module, module: Module, role: str) -> None:
@@ -155,16 +151,8 @@ class Draft:
         entry = self.source.tensors[source_name]
         row, shape = plain_row(len(entry.shape)), entry.shape
         take: Take = ()
-        router = self.source.routers.get(source_name)
-        if router is not None and wish.experts is not None and (wish.routers or target.shape != shape):
-            at = next(i for i, dim in enumerate(router.dims) if str(dim) == "e")
-            path = self._owner(source_name)
-            owner = self.source.modules.get(path)
-            size = owner.sizes.get("e", shape[at]) if owner is not None else shape[at]
-            experts = chosen_rows(wish.experts, path, size, shape[at])
-            if experts is not None:
-                take = ((f"x{at}", experts),)
-                shape = (*shape[:at], len(experts), *shape[at + 1 :])
+        if wish.experts is not None and (wish.routers or target.shape != shape):
+            take, shape = self._router_rows(source_name, shape)
         if source_name in self.source.several and _longer(target.shape, shape):
             raise CoverageError(
                 f"all of {list(target.shape)} of {show(name)} in the ranks' files",
@@ -189,6 +177,20 @@ class Draft:
             found.append(self._moves(source, side, take))
         self._book(found[0], [source_name], [name])
 
+    def _router_rows(self, name: str, shape: tuple[int, ...]) -> tuple[Take, tuple[int, ...]]:
+        """The rows of a router that belong to the chosen experts, and its shape with them alone; all of another's."""
+        router = self.source.routers.get(name)
+        if router is None:
+            return (), shape
+        at = next(i for i, dim in enumerate(router.dims) if str(dim) == "e")
+        path = self._owner(name)
+        owner = self.source.modules.get(path)
+        size = owner.sizes.get("e", shape[at]) if owner is not None else shape[at]
+        experts = chosen_rows(self.wish.experts, path, size, shape[at])
+        if experts is None:
+            return (), shape
+        return ((f"x{at}", experts),), (*shape[:at], len(experts), *shape[at + 1 :])
+
     def _owner(self, router: str) -> str:
         """The experts module that a router tensor belongs to: the one below the longest common path."""
 
@@ -201,62 +203,15 @@ class Draft:
         names = [name for name in (sources[source] for source, _ in made.reads) if name is not None]
         filled = {place: name for place in set(made.target) if (name := targets[place]) is not None}
         assert len(names) == len(made.reads)
-        parts = self._parts(names, [piece for _, piece in made.reads])
-        if self.codings:
+        parts = self.parts.numbers(names, [piece for _, piece in made.reads])
+        if self.parts.codings:
             for which, place in zip(made.which, made.target, strict=True):
                 name, dtype = names[which], self.chosen[filled[place]].dtype
-                if self.parts[parts[which]].coding >= 0 and dtype not in FLOATS:
+                if self.parts.is_coded(parts[which]) and dtype not in FLOATS:
                     raise no_values(name, filled[place], dtype)
         ids = {place: self.target_ids[name] for place, name in filled.items()}
         patterns = [self.patterns.setdefault(pattern, len(self.patterns)) for pattern in made.patterns]
         self.booked.append(_Booked(made, parts, ids, patterns))
-
-    def _parts(self, names: Sequence[str], pieces: Sequence[int]) -> list[int]:
-        """The numbers of the parts that pieces of tensors are; new ones are made."""
-        keys = [(name, piece) if piece else name for name, piece in zip(names, pieces, strict=True)]
-        if self.source.coded is None and not self.source.several and self.part_ids.keys().isdisjoint(keys):
-            first = len(self.parts)
-            self.parts += [
-                Part(name, *place)
-                for name, place in zip(names, places_of(self.source.tensors, names), strict=True)
-            ]
-            self.part_ids.update(zip(keys, count(first)))
-            return list(range(first, len(self.parts)))
-        return [
-            self.part_ids[key] if key in self.part_ids else self._part(key, name, piece)
-            for key, name, piece in zip(keys, names, pieces, strict=True)
-        ]
-
-    def _part(self, key: _Key, name: str, number: int) -> int:
-        """The number of a new part."""
-        entry = self.source.tensors[name]
-        piece = entry.pieces[number]
-        made = self.part_ids[key] = len(self.parts)
-        coded = self.source.coded.get(name) if self.source.coded is not None else None
-        if coded is None:
-            self.parts.append(Part(name, entry.dtype, piece.file, piece.begin, piece.end))
-        else:
-            self._coded_part(coded, entry, number)
-        return made
-
-    def _coded_part(self, coded: Coded, entry: Entry, number: int) -> None:
-        """The codes of a weight as a part, and after it its scales."""
-        assert isinstance(self.source.tensors, DecodedTensors)
-        piece, raw = entry.pieces[number], self.source.tensors.raw
-        shape, start = tuple(n for _, n in piece.box), tuple(begin for begin, _ in piece.box)
-        if len(entry.pieces) == 1:
-            shape, start = coded.shape, (0,) * len(coded.shape)
-        codec = coded.codec
-        grids = tuple(grid for _, grid in coded.scales)
-        apart = strides_of(shape)[coded.packed]
-        coding = Coding(codec.name, codec.element, codec.bits, shape, start, grids, apart)
-        scales = range(len(self.parts) + 1, len(self.parts) + 1 + len(coded.scales))
-        dtype = raw[coded.name].dtype
-        at = self.codings.setdefault(coding, len(self.codings))
-        self.parts.append(Part(coded.name, dtype, piece.file, piece.begin, piece.end, at, tuple(scales)))
-        for name, _ in coded.scales:
-            (held,) = raw[name].pieces
-            self.parts.append(Part(name, raw[name].dtype, held.file, held.begin, held.end))
 
     def plan(
         self,
@@ -266,16 +221,10 @@ class Draft:
         passed: tuple[str, ...],
     ) -> Plan:
         """All that was booked, in the order of the source's bytes."""
-        order = [i for *_, i in sorted((part.file, part.begin, i) for i, part in enumerate(self.parts))]
-        place = [0] * len(order)
-        for new, old in enumerate(order):
-            place[old] = new
+        parts, place = self.parts.ordered()
         copies = sorted(chain.from_iterable(_copies(one, place) for one in self.booked))
-        parts = [self.parts[i] for i in order]
-        if self.codings:
-            parts = [part._replace(scales=tuple(place[k] for k in part.scales)) for part in parts]
         return Plan(
-            parts=tuple(parts),
+            parts=parts,
             targets=tuple(self.chosen.values()),
             patterns=tuple(self.patterns),
             copies=tuple(copies),
@@ -283,7 +232,7 @@ class Draft:
             unused=unused,
             passed=passed,
             layouts=layouts,
-            codings=tuple(self.codings),
+            codings=tuple(self.parts.codings),
         )
 
 

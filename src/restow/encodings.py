@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from restow.codecs import CODECS, Codec, coded_layouts, is_linear
+from restow.codecs import CODECS, Codec
+from restow.coded_rows import coded_layouts, is_linear
 from restow.errors import ConfigError, QuantizationError, UsageError, show
 from restow.family import Family
 from restow.landing import layout_of

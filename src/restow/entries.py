@@ -26,6 +26,8 @@ class Entry(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # what plain weights are in, and what may be cast
+
 # Bits of one element, by safetensors' names (safetensors 0.8, tensor.rs).
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,

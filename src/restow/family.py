@@ -26,16 +26,17 @@ tables that contradict themselves. The lines of a table:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from restow.codecs import Codec
 from restow.errors import ConfigError, NotationError, UsageError, show
+from restow.forms import form_of
 from restow.layout import Layout, SizeLine, parse_size
 from restow.named import FORMS, NAMED
 from restow.naming import fits
-from restow.notation import Dim, Factor, Labels, Number, Part, Row
-from restow.segments import replace_run
+from restow.notation import Row
+from restow.segments import ends, replace_run
 
 WORDS = frozenset(
     "family size order module rename alias beside optional ignore foreign require tie".split()  # noqa: SIM905
@@ -62,9 +63,7 @@ class Family:
     sizes: tuple[SizeLine, ...]
     order: tuple[str, ...]  # ("p", "f") or ("f", "p")
     labels: tuple[str, ...]  # ("gate", "up"), ("up",)
-    containers: tuple[
-        tuple[str, ...], ...
-    ]  # one tuple a place: the vendor's container first, then the runtime's
+    containers: tuple[tuple[str, ...], ...]  # by place: the vendor's container, then the runtime's
     renames: tuple[tuple[str, str], ...]
     spellings: tuple[Spelling, ...]
     routers: tuple[Row, ...]
@@ -94,7 +93,10 @@ class Family:
                 return spelling.layout
         if name not in NAMED:
             raise UsageError(f"a layout name, one of {', '.join(self.form_names())}", f"'{show(name)}'")
-        return _form(NAMED[name], self) if name in FORMS else NAMED[name]
+        if name not in FORMS:
+            return NAMED[name]
+        biased = any("in.bias" in spelling.layout.roles for spelling in self.spellings)
+        return form_of(NAMED[name], self.order, self.labels, self.spellings[0].layout, biased)
 
     def form_names(self) -> tuple[str, ...]:
         """Every layout name that means something here, the vendor's first."""
@@ -137,20 +139,23 @@ class Family:
         return any(fits(pattern, name, {}) for pattern in self.beside)
 
     def place(self, path: str) -> tuple[str, int]:
-        """An experts module's canonical layer prefix, and which of the layer's places it is, however it is spelled."""
-        known = [(container, i) for i, line in enumerate(self.containers) for container in line]
-        for container, i in sorted(known, key=lambda pair: -len(pair[0])):
-            if path == container or path.endswith("." + container):
-                return self.canonical(path[: -len(container)].rstrip(".")), i
-        return self.canonical(path), -1
+        """An experts module's canonical layer prefix, and which of the layer's places it is, however it is spelled;
+        -1 for one that is none."""
+        layer, container = self._parted(path)
+        places = (i for i, line in enumerate(self.containers) if container in line)
+        return self.canonical(layer), next(places, -1)
 
     def layer(self, path: str) -> str:
         """The layer prefix of an experts module: its path without the container, as spelled."""
+        return self._parted(path)[0]
+
+    def _parted(self, path: str) -> tuple[str, str]:
+        """The layer prefix and the container of an experts module; the path and nothing where none is known."""
         known = [container for line in self.containers for container in line]
         for container in sorted(known, key=len, reverse=True):
-            if path == container or path.endswith("." + container):
-                return path[: -len(container)].rstrip(".")
-        return path
+            if ends(path, container):
+                return path[: -len(container)].rstrip("."), container
+        return path, ""
 
     def key_of(self, axis: str, config: Mapping[str, object]) -> str:
         """The config's key that gives an axis its size: the first that is there, for people to look at."""
@@ -203,57 +208,6 @@ def _lookup(config: object, path: str) -> object:
         else:
             config = config.get(word) if isinstance(config, Mapping) else None
     return config
-
-
-def _form(layout: Layout, family: Family) -> Layout:
-    """A named layout in a family's order and labels; bias rows only where the family has biases."""
-    biased = any("in.bias" in spelling.layout.roles for spelling in family.spellings)
-    rows = []
-    for row in layout.rows:
-        if row.role.endswith(".bias") and not biased:
-            continue
-        dims = tuple(Dim(_ordered(dim, family.order), dim.divisor) for dim in row.dims)
-        rows.append(replace(row, name=tuple(_labelled(part, family.labels) for part in row.name), dims=dims))
-    banks = [r for r in family.spellings[0].layout.rows if r.role == "in2"]
-    return Layout((*rows, *(_second(row, bank) for bank in banks for row in rows)))
-
-
-def _second(row: Row, bank: Row) -> Row:
-    """A row for the second bank of experts: numbered past the first, or below a name of its own."""
-    first, _, rest = row.role.partition(".")
-    role = f"{first}2" + (f".{rest}" if rest else "")
-    plus = next(part.plus for part in bank.name if isinstance(part, Number))
-    if "e" in row.name_axes:
-        name = tuple(replace(part, plus=plus) if isinstance(part, Number) else part for part in row.name)
-    else:
-        name = ("bank2.", *row.name)
-    return replace(row, role=role, name=_joined(name))
-
-
-def _joined(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """The parts with neighbouring texts made one, as parsing a row makes them."""
-    out: list[Part] = []
-    for part in parts:
-        if isinstance(part, str) and out and isinstance(out[-1], str):
-            out[-1] += part
-        else:
-            out.append(part)
-    return tuple(out)
-
-
-def _ordered(dim: Dim, order: tuple[str, ...]) -> tuple[Factor, ...]:
-    axes = [factor.axis for factor in dim.factors]
-    if sorted(axes) != sorted(order) or len(axes) != 2:
-        return dim.factors
-    return tuple(sorted(dim.factors, key=lambda factor: order.index(factor.axis)))
-
-
-def _labelled(part: Part, labels: tuple[str, ...]) -> Part:
-    """`{p:gate|up}` and `{p:1|3}` in a family's own labels: reordered, or one of them where it is not gated."""
-    if not isinstance(part, Labels) or part.axis != "p":
-        return part
-    general = ("gate", "up")
-    return Labels("p", tuple(part.labels[general.index(label)] for label in labels))
 
 
 def _pairs(lines: Iterable[str]) -> tuple[tuple[str, str], ...]:

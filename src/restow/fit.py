@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from restow.boxes import strides_of
 from restow.codec import Announced, lost_scales, odd_grids
-from restow.codecs import COMPANIONS, ragged
+from restow.codecs import COMPANIONS
+from restow.coded_rows import ragged
 from restow.errors import RestowError, SizeError
 from restow.family import Spelling
 from restow.layout import Layout, SizeLine, axis_size, drop_own_count, name_of, shape_of, solve_sizes

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from restow.checkpoint import Checkpoint
 from restow.codec import SUFFIX, announced
 from restow.codecs import CODES, COMPANIONS
+from restow.entries import FLOATS
 from restow.errors import (
     DtypeMismatchError,
     MissingTensorError,
@@ -27,8 +28,6 @@ from restow.layers import LayerFindings, judge_layers
 from restow.problems import Problem
 from restow.quantized import judge_quantized
 from restow.required import judge_required, there
-
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def judge(found: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Problem, ...]:
@@ -114,7 +113,7 @@ def _dtypes(found: Checkpoint, dtypes: Mapping[str, str]) -> Iterator[Problem]:
         for role, tensors in module.tensors.items():
             kinds = Counter(dtypes[name] for name in tensors if name is not None)
             if role.endswith((*COMPANIONS, CODES)) or (
-                len(kinds) == 1 and (not plain or FLOATS.issuperset(kinds))
+                len(kinds) == 1 and (not plain or kinds.keys() <= set(FLOATS))
             ):
                 continue
             usual = max(kinds, key=lambda kind: (kinds[kind], kind in FLOATS, kind), default="")

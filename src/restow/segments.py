@@ -1,4 +1,4 @@
-"""Runs of whole dotted segments in names, replaced: what renames and a family's hub and runtime paths are made of.
+"""Runs of whole dotted segments in names, found and replaced: what renames and a family's hub and runtime paths are made of.
 
 `^run` counts only where a name begins, `run$` only where it ends. `{l}` in a run stands for a number and `{l+1}`
 for one more than it, so that a rename can move a layer's number (`attn_queries.{l}`, `layers.{l+1}.query`) and the
@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def ends(name: str, end: str) -> bool:
+    """Whether a name ends with these whole segments; none are no end."""
+    return bool(end) and f".{name}".endswith(f".{end}")
+
+
 def replace_run(name: str, old: str, new: str) -> str:
     """`name` with its first run of whole dotted segments `old` replaced by `new`; `^old` only at the beginning."""
     anchored = old.startswith("^")
     run = old.lstrip("^")
     if run.endswith("$"):
         run = run.rstrip("$")
-        if not f".{name}".endswith(f".{run}") or (anchored and name != run):
+        if not ends(name, run) or (anchored and name != run):
             return name
         return (name[: len(name) - len(run)] + new).strip(".")
     if "{" in run:

@@ -11,7 +11,7 @@ from itertools import product
 from types import MappingProxyType
 
 from restow.checkpoint import Checkpoint
-from restow.codecs import ragged
+from restow.coded_rows import ragged
 from restow.decoded import coded_as, decoded
 from restow.family import Family
 from restow.landing import Wish, chosen_experts, layout_of

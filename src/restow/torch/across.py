@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from restow.torch.dtypes import INTS
 from restow.torch.tiles import offsets, simplified, transposed
 
 COLUMNS = 6
@@ -101,7 +102,7 @@ def _interpreted() -> bool:
 
 def _exact(device: torch.device, width: int, count: int, rows: int, cols: int) -> bool:
     bits = torch.arange(count * rows * cols * width, dtype=torch.int32, device=device)
-    word: Any = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    word: Any = INTS[width]
     source = (bits * 97 >> 3).to(torch.uint8).view(word).view(count, rows, cols)
     found = torch.zeros(count, cols, rows + WORD, dtype=word, device=device)
     table = [(source[i].data_ptr(), found[i].data_ptr(), rows, cols, cols, rows + WORD) for i in range(count)]

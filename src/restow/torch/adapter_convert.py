@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from restow.adapter_base import Base, BaseLike, base_of
 from restow.adapter_config import CONFIG, MODEL, config_text
-from restow.adapter_emit import NEWEST
 from restow.adapter_formats import FORMATS, Faces, Format, era_of, format_of
 from restow.adapter_orient import Options
 from restow.adapter_read import read_adapter
+from restow.adapter_result import NEWEST
 from restow.adapter_stamp import KEY
 from restow.errors import show
 from restow.family import Family
@@ -148,7 +148,7 @@ def write(
     job: Job, target: str | os.PathLike[str], *, root: str | None = None, size: int = 0, replace: bool = False
 ) -> int:
     """Publish a conversion's result; `root` is the source's folder, whose other files come along."""
-    metadata = {"format": "pt", KEY: job.out_stamp.text()}
+    metadata = {"format": "pt", KEY: job.stamp.text()}
     outs = [(MODEL, new_files(job.specs, 1 << 62, metadata)[0], job.tensors)]
     kept = (
         sorted((key, dtype_name(t.dtype), tuple(t.shape)) for key, t in job.originals())

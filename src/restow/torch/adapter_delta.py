@@ -18,14 +18,15 @@ import torch
 from restow.adapter_base import Base
 from restow.adapter_config import AdapterConfig
 from restow.adapter_keys import PREFIX
-from restow.adapter_read import Adapter, Pair, Plain
+from restow.adapter_pair import Pair
+from restow.adapter_read import Adapter, Plain
+from restow.entries import FLOATS
 from restow.errors import AdapterError, QuantizationError, show
 from restow.layout import Sizes, axis_size
 from restow.notation import Row
 from restow.torch.adapter_factors import Block, Get, read_block
 
 MODULES = 4  # roles of modules whose blocks are kept: a file's tensors come in an order of its own
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass

@@ -28,11 +28,12 @@ from restow.errors import AdapterError, MissingTensorError, ShapeMismatchError, 
 from restow.family import Family
 from restow.layout import axis_size
 from restow.targets import Shard, axis_runs
+from restow.torch.adapter_arrange import arrange
 from restow.torch.adapter_convert import resolve, version_of, write
 from restow.torch.adapter_factors import relay
 from restow.torch.adapter_file import AdapterFile
 from restow.torch.adapter_job import Job, make_job
-from restow.torch.adapter_write import Spelled, arrange, spell
+from restow.torch.adapter_write import Spelled, spell
 from restow.torch.dtypes import dtype_name
 from restow.torch.storage import Into, Slot, slots_of, unwrapped
 
@@ -151,22 +152,22 @@ def _key(base: Base, name: str) -> str:
 
 
 def _fill(job: Job, places: Mapping[str, Slot], shard: Shard | None) -> None:
+    base = job.reading.base
     for name, _, shape in job.specs:
-        slot = places[_key(job.base, name.removeprefix(PREFIX))]
+        slot = places[_key(base, name.removeprefix(PREFIX))]
         if slot.target.shape != shape and (shard is None or not slot.plain):
             raise ShapeMismatchError(
                 f"shape {list(shape)} for {show(slot.target.name)}, as the adapter has", f"{list(slot.target.shape)}",
                 tensor=slot.target.name, hint="make the model's adapter with this rank; say shard= for a part",
             )  # fmt: skip
     for pairs in job.adapter.modules.values():
-        module = arrange(pairs, job.get, job.fmt, job.base, job.adapter.config, job.stamp, job.original)
-        for spelled in spell(module, job.fmt, job.base):
-            slot = places[_key(job.base, spelled.names[0].removeprefix(PREFIX))]
+        for spelled in spell(arrange(pairs, job.fmt, job.reading), job.fmt, base):
+            slot = places[_key(base, spelled.names[0].removeprefix(PREFIX))]
             _fill_one(spelled, slot, shard)
     by_name = set(job.passed)
     for name, tensor in job.tensors() if by_name else ():
         if name in by_name:
-            slot = places[_key(job.base, name.removeprefix(PREFIX))]
+            slot = places[_key(base, name.removeprefix(PREFIX))]
             part = tensor
             for dim, runs in enumerate(slot.target.runs):
                 part = (

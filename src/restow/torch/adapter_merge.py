@@ -89,17 +89,17 @@ def merge(
     finds fatal in the base, under `strict` all that it finds.
     """
     started = time.perf_counter()
+    options = Options(faces, outer, expert_major)
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, family=family)
     odd = refuse(opened, strict)
     known = base_of(opened, family)
     if known.checkpoint is None or known.path is None:
         raise UsageError("a base in files to merge into", "one in memory")
     with AdapterFile(adapter) as file:
-        read = read_adapter(file.shapes, file.config, known, Options(faces, outer, expert_major))
+        read = read_adapter(file.shapes, file.config, known, options)
         judge_delta(file.config, "", "merge it with PEFT")
         todo = goals(read, known)
         job = _Merge(file, Deltas(file.get, file.config, known), todo, Book())
-        options = Options(faces, outer, expert_major)
         written = job.write(known.checkpoint, known.path, target, replace, expected(read), options)
         file.check()
     total = Kept()

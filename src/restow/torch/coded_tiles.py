@@ -1,7 +1,6 @@
-"""How a device decodes a box of codes: tiles, as strided views of codes and scales, and products of one stride each.
+"""How a device decodes a box of codes: tiles, as strided views of codes and scales in a slot.
 
-A scale's place follows from an element's by divisions; an axis that is cut where they step has them as strides, so that a
-device multiplies whole experts in one launch, without a table of places. Integers only; nothing here touches an element.
+Each tile's values are multiplied as `coded_products` says. Integers only; nothing here touches an element.
 `coded_jobs` gives None for what it does not say: codes packed across, nested scales, second scales that vary inside a
 job, elements whose values are not exact in the destination's dtype, and what is too large for a slot.
 """
@@ -17,8 +16,9 @@ from typing import NamedTuple
 import torch
 
 from restow.boxes import strides_of
-from restow.coding import Coding, Term, byte_box, dim_of, index_of, jobs, scale_box, tile_of
-from restow.reads import read_runs, spans
+from restow.coding import Coding, byte_box, jobs, scale_box, tile_of
+from restow.torch.coded_products import Box, Product, products
+from restow.torch.coded_seats import Seat, seat_of
 from restow.torch.dtypes import torch_dtype
 from restow.torch.packing import ALIGN
 from restow.torch.strides import dot, even
@@ -26,19 +26,7 @@ from restow.torch.strides import dot, even
 EXACT = ("e4m3", "e5m2", "e2m1", "int4")  # elements whose values all of `INTO` hold
 INTO = (torch.bfloat16, torch.float16, torch.float32)
 LINE = 128  # steps of an axis: tiles are cut in whole blocks, where they can be
-PRODUCTS = 64  # launches that a tile is worth at most
 FOUR = 4  # bytes of a factor, and of a place in a table
-
-Box = tuple[int, tuple[int, ...], tuple[int, ...]]  # first element, sizes, steps
-
-
-class Seat(NamedTuple):
-    """A box of a file as it lies in a slot: its bytes, the stride of each axis there, and its reads: (byte from the box's
-    first one, bytes, byte in the seat)."""
-
-    need: int
-    strides: tuple[int, ...]
-    reads: tuple[tuple[int, int, int], ...]
 
 
 class Scale(NamedTuple):
@@ -48,16 +36,6 @@ class Scale(NamedTuple):
     how: str
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
-
-
-class Product(NamedTuple):
-    """Elements times factors: sizes, strides of both in elements, the first of both."""
-
-    sizes: tuple[int, ...]
-    values: tuple[int, ...]
-    factors: tuple[int, ...]
-    at: int
-    factor: int
 
 
 class Decode(NamedTuple):
@@ -179,31 +157,6 @@ def _job(
     return CodedJob(tuple(begins), tuple(seats), tuple(tiles))
 
 
-@lru_cache(maxsize=4096)
-def seat_of(sizes: tuple[int, ...], steps: tuple[int, ...], width: int) -> Seat:
-    """A box of a file as `reads` reads it: packed, but for gaps that are read through."""
-    how = spans(sizes, steps, width)
-    packed = tuple(width * prod(sizes[i + 1 :]) for i in range(len(sizes)))
-    if not how.rows:
-        runs = enumerate(read_runs(sizes, steps, width))
-        return Seat(
-            width * prod(sizes), packed, tuple((begin, length, i * length) for i, (begin, length) in runs)
-        )
-    span = (sizes[how.outer] - 1) * steps[how.outer] * width + how.run
-    pitch = -(-span // 8) * 8  # every row of windows as it lies in the file
-    outer = tuple(pitch * prod(sizes[i + 1 : how.outer]) for i in range(how.outer))
-    strides = (*outer, *(width * step for step in steps[how.outer :]))
-    many = -(-sizes[how.outer] // how.rows)
-    base = [
-        width * dot(index, steps[: how.outer]) for index in product(*(range(n) for n in sizes[: how.outer]))
-    ]
-    reads = [
-        (begin, length, i // many * pitch + begin - base[i // many])
-        for i, (begin, length) in enumerate(read_runs(sizes, steps, width))
-    ]
-    return Seat(pitch * len(base), strides, tuple(reads))
-
-
 def _parts(sizes: tuple[int, ...], limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """A box as (place, sizes) of at most `limit` places, inner axes whole; the place ends with the axis that is cut."""
     if not sizes:
@@ -241,107 +194,5 @@ def _factors(
         if number and prod(held[-1].sizes) != 1:
             return None
     values = tuple(inner[i] for i in long)
-    made = _products(coding, (at, *axes), low, held[0].sizes, values, lead)
-    return None if made is None else (tuple(held), tuple(begun), tuple(made))
-
-
-def _products(
-    coding: Coding, box: Box, low: Sequence[int], shape: tuple[int, ...], values: tuple[int, ...], lead: int
-) -> list[Product] | None:
-    """A tile's values, strided by `values` from `lead` on, times factors of `shape` that begin at `low`."""
-    at, sizes, steps = box
-    places, strides, grid = index_of(coding, at), strides_of(coding.shape), strides_of(shape)
-    first = -dot(low, grid)
-    along = [0] * len(
-        sizes
-    )  # of every axis, how far one step of it goes in the factors, where that is always as far
-    cut: dict[
-        int, tuple[Term, int, int]
-    ] = {}  # by axis: a term that steps within it, its digit, digits of a step
-    loops: dict[int, list[tuple[Term, int, int]]] = {}
-    fixed: list[tuple[Term, int]] = []  # terms that step only as loops do
-    for term in coding.grids[0].terms:
-        digit = places[term.dim] // term.stride % term.size
-        uneven = []
-        for axis, step in enumerate(steps):
-            local = step // strides[term.dim]
-            if dim_of(coding.shape, strides, step) != term.dim or not (
-                term.stride <= local < term.stride * term.size
-            ):
-                continue
-            each = local // term.stride
-            if each % term.divisor == 0:
-                along[axis] += each // term.divisor * term.step * grid[term.to]
-            else:
-                uneven.append((axis, each))
-        main = max(
-            (one for one in uneven if term.divisor % one[1] == 0), key=lambda one: sizes[one[0]], default=None
-        )
-        for one in uneven:
-            if one is not main:
-                loops.setdefault(one[0], []).append((term, digit, one[1]))
-        if main is None:
-            fixed.append((term, digit))
-        elif main[0] in cut:
-            return None
-        else:
-            cut[main[0]] = term, digit, main[1]
-    if cut.keys() & loops.keys() or prod(sizes[axis] for axis in loops) > PRODUCTS:
-        return None
-    found = []
-    for index in product(*(range(sizes[axis]) for axis in loops)):
-        loop = dict(zip(loops, index, strict=True))
-
-        def shifted(term: Term, digit: int, loop: dict[int, int] = loop) -> int:
-            more = (loop[axis] * each for axis in loops for t, _, each in loops[axis] if t is term)
-            return digit + sum(more)
-
-        value = lead + sum(i * values[axis] for axis, i in loop.items())
-        factor = first + sum(i * along[axis] for axis, i in loop.items())
-        factor += sum(
-            shifted(term, digit) // term.divisor * term.step * grid[term.to] for term, digit in fixed
-        )
-        pieces = [
-            _segments(sizes[axis], term.divisor, each, shifted(term, digit))
-            for axis, (term, digit, each) in cut.items()
-        ]
-        for segments in product(*pieces):
-            chosen = dict(zip(cut, segments, strict=True))
-            begin, place = value, factor
-            dims: list[tuple[int, int, int]] = []
-            for axis, n in enumerate(sizes):
-                if axis in loop:
-                    continue
-                if axis not in chosen:
-                    dims.append((n, values[axis], along[axis]))
-                    continue
-                term, (start, blocks, length, quotient) = cut[axis][0], chosen[axis]
-                unit = term.step * grid[term.to]
-                begin += start * values[axis]
-                place += start * along[axis] + quotient * unit
-                dims += [
-                    (blocks, length * values[axis], length * along[axis] + unit),
-                    (length, values[axis], along[axis]),
-                ]
-            dims = [dim for dim in dims if dim[0] != 1]
-            sizes_of, far, by = (tuple(dim[i] for dim in dims) for i in range(3))
-            found.append(Product(sizes_of, far, by, begin, place))
-    return found if len(found) <= PRODUCTS else None
-
-
-def _segments(size: int, divisor: int, each: int, digit: int) -> list[tuple[int, int, int, int]]:
-    """(first, blocks, length, quotient of the first) of an axis whose digits step by `each`: runs of whole blocks, and
-    what lies before and after them.
-
-    >>> _segments(300, 128, 1, 100)
-    [(0, 1, 28, 0), (28, 2, 128, 1), (284, 1, 16, 3)]
-    """
-    length, over = divisor // each, digit % divisor
-    head = 0 if over < each else min(size, -(-(divisor - over) // each))
-    found = [(0, 1, head, digit // divisor)] if head else []
-    quotient, blocks = (digit + head * each) // divisor, (size - head) // length
-    if blocks:
-        found.append((head, blocks, length, quotient))
-    if tail := size - head - blocks * length:
-        found.append((head + blocks * length, 1, tail, quotient + blocks))
-    return found
+    made = products(coding, (at, *axes), low, held[0].sizes, values, lead)
+    return None if made is None else (tuple(held), tuple(begun), made)

@@ -41,7 +41,8 @@ from restow.targets import Target, whole_target
 from restow.torch.dcp_read import StrPath, rounds
 from restow.torch.dtypes import dtype_name
 from restow.torch.holdings import check_filled, check_homes, narrowed
-from restow.torch.outline import Outline, config_bytes, like_outline, new_outline
+from restow.torch.outline import Outline, config_bytes, like_outline
+from restow.torch.outline_new import new_outline
 from restow.torch.write import write_plan
 
 _LIVE: WeakValueDictionary[Path, Writer] = WeakValueDictionary()  # who stages for a path, in this process

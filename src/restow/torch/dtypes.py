@@ -20,6 +20,7 @@ TORCH = MappingProxyType(
     {name: getattr(torch, word) for name, word in _NAMES.items() if hasattr(torch, word)}
 )
 NAME = MappingProxyType({dtype: name for name, dtype in TORCH.items()})
+INTS = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64})  # by bytes of one
 
 # (bits of precision, largest exponent, smallest exponent): a float type holds another if all three reach as far
 _REACH = {"F64": (53, 1023, -1074), "F32": (24, 127, -149), "BF16": (8, 127, -133), "F16": (11, 15, -24),
@@ -32,6 +33,11 @@ def torch_dtype(name: str) -> torch.dtype:
         raise DtypeMismatchError("a dtype that this torch has", name)
     found: torch.dtype = TORCH[name]
     return found
+
+
+def whole_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bits as whole numbers of their width, in its own storage: -0.0 is not 0.0, and a NaN is itself."""
+    return tensor.view(INTS[tensor.element_size()])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

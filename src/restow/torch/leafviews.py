@@ -17,11 +17,10 @@ from restow.family import Family
 from restow.layout import axis_size
 from restow.module import Module, Owner
 from restow.notation import Row
+from restow.roles import LEAF, bank_of, in_bank
 from restow.targets import Runs
 from restow.torch.leaves import name_index
 
-# The order in which a leaf's elements are counted: that of the split layout.
-ORDER = {"in": ("f", "d"), "out": ("d", "f"), "in2": ("f", "d"), "out2": ("d", "f")}
 ONE: Run = (0, 1)
 
 
@@ -76,7 +75,7 @@ def _size(module: Module, row: Row, axis: str) -> int:
 
 def inner_axes(row: Row, axes: Iterable[str]) -> list[str]:
     """The axes of a leaf, rows then columns, after those that are neither; a derived axis stands where its own does."""
-    order = ORDER.get(row.base, ())
+    order = LEAF.get(row.base, ())
 
     def rank(axis: str) -> int:
         words = axis.split("/")[0].strip("()").split()
@@ -90,6 +89,7 @@ def _key(path: str, leaf: tuple[str, int, int], projected: bool, family: Family 
     labels = family.labels if family is not None else ("gate", "up")
     role, e, p = leaf
     base, _, rest = role.partition(".")
-    bank = ".bank2" if base in ("in2", "out2") else ""
-    word = "down" if base in ("out", "out2") else labels[p] if projected else "+".join(labels)
-    return f"{layer}.experts{number if number > 0 else ''}{bank}.{e}.{word}" + (f".{rest}" if rest else "")
+    bank = bank_of(base)
+    word = "down" if base == in_bank("out", bank) else labels[p] if projected else "+".join(labels)
+    where = f"{layer}.experts{number if number > 0 else ''}" + (f".bank{bank}" if bank else "")
+    return f"{where}.{e}.{word}" + (f".{rest}" if rest else "")

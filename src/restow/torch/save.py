@@ -29,7 +29,8 @@ from restow.opening import family_of, open_checkpoint
 from restow.targets import Shard
 from restow.torch.dtypes import dtype_name
 from restow.torch.holdings import holding_of
-from restow.torch.outline import Outline, config_bytes, like_outline, new_outline
+from restow.torch.outline import Outline, config_bytes, like_outline
+from restow.torch.outline_new import new_outline
 from restow.torch.peers import Peers
 from restow.torch.read import Progress
 from restow.torch.still import check_still, versions

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from restow.torch.dtypes import whole_numbers
 from restow.torch.transpose import copy_transposed
 
 Axes = list[tuple[int, int, int]]  # (size, source stride, destination stride), slowest in the source first
@@ -37,8 +38,7 @@ def move(dst: torch.Tensor, src: torch.Tensor) -> None:
 
 def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:
     if dst.dtype.is_floating_point or dst.dtype == torch.bool:
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dst.element_size()]
-        dst, src = dst.view(width), src.view(width)  # bits: no NaN is quieted on the way
+        dst, src = whole_numbers(dst), whole_numbers(src)  # bits: no NaN is quieted on the way
     dst.copy_(src)
 
 

@@ -23,11 +23,12 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import product
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+
+from restow.torch.dtypes import INTS
 
 __all__ = ["Entry", "Kernel", "bits", "copy_transposed", "entry_for", "kernel_for", "tile_shape", "turn"]
 
@@ -46,8 +47,6 @@ SPAN: Final = 1 << 18  # bytes of the temporary that such strides are written th
 SHUFFLE_BYTES: Final = 1 << 19  # the shuffle's temporary beside its source: both stay in the second level
 PLAIN_ROWS: Final = 128
 
-_INTS: Final = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64})
-
 
 def copy_transposed(dst: torch.Tensor, src: torch.Tensor, *, kernel: Name | None = None) -> None:
     """`dst.copy_(src)`, fast where `dst` [rows, cols] has strides (1, ld >= rows); other strides work too.
@@ -60,11 +59,11 @@ def copy_transposed(dst: torch.Tensor, src: torch.Tensor, *, kernel: Name | None
     if dst.shape != src.shape or src.dim() not in (2, 3) or dst.dtype != src.dtype:
         found = f"{dst.dtype} {tuple(dst.shape)} and {src.dtype} {tuple(src.shape)}"
         raise ValueError(f"expected two tiles of one dtype and shape ([n,] rows, cols), found {found}")
-    if src.element_size() not in _INTS or not _rows_contiguous(src):
+    if src.element_size() not in INTS or not _rows_contiguous(src):
         raise ValueError(f"expected contiguous rows, 1 to 8 bytes wide, found {src.dtype} {src.stride()}")
     width = src.element_size()
     if min(src.shape[-2:]) <= 1 or dst.stride(-2) != 1 or dst.stride(-1) < src.shape[-2]:
-        dst.detach().view(_INTS[width]).copy_(src.detach().view(_INTS[width]))
+        dst.detach().view(INTS[width]).copy_(src.detach().view(INTS[width]))
         return
     move = kernel_for(width) if kernel is None else _named(kernel, width)
     outs, tile = bits(dst).swapaxes(-1, -2), bits(src)
@@ -86,7 +85,7 @@ def turn(out: Array, src: Array) -> None:
 
 def bits(tensor: torch.Tensor) -> Array:
     """A CPU tensor's elements as whole numbers of their width, in its own storage."""
-    whole: Array = tensor.detach().view(_INTS[tensor.element_size()]).numpy()
+    whole: Array = tensor.detach().view(INTS[tensor.element_size()]).numpy()
     return whole
 
 
