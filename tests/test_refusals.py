@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,36 @@ def test_a_model_that_lacks_a_tensor_of_its_experts_is_not_a_broken_download(tmp
         "  missing   model.layers.1.mlp.experts.down_proj\n"
         "  try       give the destination all tensors of these experts, or say with experts= or shard= which it holds"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ({"layout": ["grouped"]}, "expected a layout's name, or a restow.Layout, found list"),
+        ({"family": 3}, "expected a model type, or a restow.Family, as family=, found int"),
+        ({"shard": ("e", 0, 2)}, "expected a restow.Shard as shard=, found tuple"),
+    ],
+)
+def test_words_of_another_kind(words: dict[str, object], text: str, tmp_path: Path) -> None:
+    source, into = SMALL.written(tmp_path / "source"), empty()
+    with pytest.raises(UsageError) as caught:
+        restow.load(source, into, **words)  # type: ignore[arg-type]
+    assert str(caught.value) == text
+    assert not any(tensor.any() for tensor in into.values())
+
+
+def test_a_conversion_to_no_layout(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        restow.convert(SMALL.written(tmp_path / "source"), tmp_path / "target", to=None)  # type: ignore[arg-type]
+    assert str(caught.value) == "expected a layout's name, or a restow.Layout, as to=, found NoneType"
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_save_like_a_checkpoint_that_is_open(tmp_path: Path) -> None:
+    opened = SMALL.opened(tmp_path / "source")
+    restow.save(SMALL.spelled("grouped"), tmp_path / "saved", like=opened, family="qwen3_moe")
+    for file in sorted((tmp_path / "source").glob("*.safetensors")):
+        assert (tmp_path / "saved" / file.name).read_bytes() == file.read_bytes()
+    with pytest.raises(UsageError) as caught:
+        restow.save(SMALL.spelled("grouped"), tmp_path / "other", like=replace(opened, path=None))
+    assert str(caught.value) == "expected a checkpoint in files as like=, found one in memory"

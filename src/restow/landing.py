@@ -49,11 +49,17 @@ class Wish:
     routers: bool = False
     places: frozenset[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        if self.shard is not None and not isinstance(self.shard, Shard):
+            raise UsageError("a restow.Shard as shard=", type(self.shard).__name__)
+
 
 def layout_of(layout: str | Layout | None, family: Family | None) -> Layout | None:
     """A layout by name (the family's own meaning first) or as it is. Raises `UsageError` for an unknown name."""
     if layout is None or isinstance(layout, Layout):
         return layout
+    if not isinstance(layout, str):
+        raise UsageError("a layout's name, or a restow.Layout", type(layout).__name__)
     if family is not None:
         return family.form(layout)
     if layout not in GENERAL:

@@ -13,7 +13,7 @@ from typing import Any
 
 from restow.checkpoint import Checkpoint, survey
 from restow.codec import Announced, read_codec
-from restow.errors import ConfigError, RestowError, UnsupportedFamilyError, show
+from restow.errors import ConfigError, RestowError, UnsupportedFamilyError, UsageError, show
 from restow.family import Family
 from restow.folder import Folder, open_folder
 from restow.judge import judge
@@ -30,6 +30,8 @@ def family_of(family: str | Family | None) -> Family | None:
     """A family by model type, or as it is. Raises `UnsupportedFamilyError` for a model type nobody told us about."""
     if family is None or isinstance(family, Family):
         return family
+    if not isinstance(family, str):
+        raise UsageError("a model type, or a restow.Family, as family=", type(family).__name__)
     if family not in FAMILIES:
         raise _unknown(family, {})
     return FAMILIES[family]

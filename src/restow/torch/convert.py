@@ -176,6 +176,8 @@ def _prepare(
 ) -> _Job:
     if opened.path is None or not opened.modules:
         raise UsageError("a checkpoint with experts", "none", path=opened.path)
+    if not isinstance(to, str | Layout):
+        raise UsageError("a layout's name, or a restow.Layout, as to=", type(to).__name__)
     if keep and dtype is not None:
         raise UsageError("keep_quantized=True alone", "dtype= with it: codes cannot be cast")
     if dtype is not None and str(dtype).removeprefix("torch.") not in CASTS:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from restow.boxes import overlap
+from restow.checkpoint import Checkpoint
 from restow.destination import locate
 from restow.errors import CoverageError, RestowError, UsageError, show
 from restow.family import Family
@@ -41,7 +42,7 @@ from restow.targets import Target, whole_target
 from restow.torch.dcp_read import StrPath, rounds
 from restow.torch.dtypes import dtype_name
 from restow.torch.holdings import check_filled, check_homes, narrowed
-from restow.torch.outline import Outline, config_bytes, like_outline
+from restow.torch.outline import Outline, config_bytes, like_outline, like_path
 from restow.torch.outline_new import new_outline
 from restow.torch.write import write_plan
 
@@ -60,7 +61,7 @@ class Writer(StorageWriter):
         self,
         path: StrPath,
         *,
-        like: StrPath | None = None,
+        like: StrPath | Checkpoint | None = None,
         layout: str | Layout | None = None,
         family: str | Family | None = None,
         rename: Rename = (),
@@ -74,7 +75,7 @@ class Writer(StorageWriter):
             raise UsageError("like= alone", "layout=, dtype= or config= with it")
         check_rename(rename)
         self.path = path
-        self._like, self._layout, self._family = like, layout, family_of(family)
+        self._like, self._layout, self._family = like_path(like), layout, family_of(family)
         self._rename, self._dtype, self._limit = rename, dtype, max_shard_bytes
         self._config = config_bytes(config)
         self._replace, self._threads = replace, threads

@@ -71,6 +71,15 @@ def entries_of(files: Sequence[OutFile]) -> dict[str, Entry]:
     }
 
 
+def like_path(like: str | os.PathLike[str] | Checkpoint | None) -> str | None:
+    """Where the checkpoint to be like lies. Raises `UsageError` for one in memory, which has no files."""
+    if not isinstance(like, Checkpoint):
+        return os.fspath(like) if like is not None else None
+    if like.path is None:
+        raise UsageError("a checkpoint in files as like=", "one in memory")
+    return like.path
+
+
 def like_outline(like: Checkpoint) -> Outline:
     """The very files of another checkpoint: heads, index, side files; in its codes. Raises what is fatal about it."""
     raise_fatal(like)

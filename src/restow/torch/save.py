@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from restow.checkpoint import Checkpoint
 from restow.encodings import encoding_of
 from restow.errors import UsageError, show
 from restow.family import Family
@@ -29,7 +30,7 @@ from restow.opening import family_of, open_checkpoint
 from restow.targets import Shard
 from restow.torch.dtypes import dtype_name
 from restow.torch.holdings import holding_of
-from restow.torch.outline import Outline, config_bytes, like_outline
+from restow.torch.outline import Outline, config_bytes, like_outline, like_path
 from restow.torch.outline_new import new_outline
 from restow.torch.peers import Peers
 from restow.torch.read import Progress
@@ -105,7 +106,7 @@ def save(
     *,
     layout: str | Layout | None = None,
     family: str | Family | None = None,
-    like: str | os.PathLike[str] | None = None,
+    like: str | os.PathLike[str] | Checkpoint | None = None,
     rename: Rename = (),
     shard: Shard | None = None,
     dtype: torch.dtype | None = None,
@@ -150,14 +151,14 @@ def save(
             raise UsageError("like= alone", "layout=, dtype=, quantize= or config= with it")
         encoding = encoding_of(quantize) if quantize is not None else None
         check_rename(rename)
-        known = family_of(family)
+        known, model = family_of(family), like_path(like)
         buffers: Mapping[str, torch.Tensor] = {}
         slots = _slots(state)
         held = {name: slot.local for name, slot in slots.items()}
         before = versions(held)
         holding = holding_of(slots, shard, {
             "path": os.path.abspath(path),  # noqa: PTH100 - a text to compare, nothing to look up
-            "like": os.fspath(like) if like is not None else "", "layout": str(layout or ""),
+            "like": model or "", "layout": str(layout or ""),
             "family": known.model_types[0] if known else "", "rename": repr(rename), "dtype": str(dtype or ""),
             "max_shard_bytes": str(max_shard_bytes), "replace": str(replace), "page_bytes": str(page_bytes),
             "quantize": str(quantize or ""),
@@ -170,8 +171,8 @@ def save(
         text = config_bytes(getattr(state, "config", None) if config is None and like is None else config)
 
         def lay_out(union: Union) -> Outline:
-            if like is not None:
-                return like_outline(open_checkpoint(like, family=known))
+            if model is not None:
+                return like_outline(open_checkpoint(model, family=known))
             name = dtype_name(dtype) if dtype is not None else None
             return new_outline(
                 union.tensors, union.tied, union.shard, layout, known, rename, name, max_shard_bytes, text,
