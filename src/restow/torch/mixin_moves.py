@@ -22,7 +22,7 @@ from restow.plans import Copy, Part, Plan
 from restow.targets import whole_target
 from restow.torch.dtypes import dtype_name
 from restow.torch.read import run_plan
-from restow.torch.relayout import as_view
+from restow.torch.relayout import Known, as_view
 
 Index = tuple[int, ...]
 Held = Mapping[
@@ -46,8 +46,9 @@ def views(
     for copy in plan.copies:
         by_target.setdefault(copy.target, []).append(copy)
     found = {}
+    known: Known = {}
     for number, index in enumerate(wanted):
-        view = as_view(plan, number, by_target.get(number, []), memory)
+        view = as_view(plan, number, by_target.get(number, []), memory, known)
         assert view is not None, f"{target} is no view of {source}"
         found[index] = view
     return found

@@ -7,7 +7,7 @@ as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -26,6 +26,8 @@ from restow.torch.execute import execute
 from restow.torch.load import as_checkpoint
 from restow.torch.strides import real_places
 from restow.wanted import default_targets
+
+Known = dict[object, tuple[tuple[int, ...], int] | None]  # how views of like copies lie
 
 
 def relayout(
@@ -64,8 +66,9 @@ def relayout(
         by_target.setdefault(copy.target, []).append(copy)
     out: dict[str, torch.Tensor] = {}
     rest: set[int] = set()
+    alike: Known = {}
     for i, target in enumerate(made.targets):
-        view = as_view(made, i, by_target.get(i, []), state)
+        view = as_view(made, i, by_target.get(i, []), state, alike)
         if view is None:
             rest.add(i)
             device = state[made.parts[by_target[i][0].source].name].device if i in by_target else None
@@ -87,19 +90,38 @@ def _no_experts(state: Mapping[str, torch.Tensor], given: Layout | None) -> Ambi
 
 
 def as_view(
-    plan: Plan, target: int, copies: list[Copy], state: Mapping[str, torch.Tensor]
+    plan: Plan, target: int, copies: list[Copy], state: Mapping[str, torch.Tensor], known: Known
 ) -> torch.Tensor | None:
     """The target as a view of the one source tensor that all its copies come from, or None where strides cannot say it.
+
+    `known` keeps, for the calls of one plan, how views of like copies lie.
+    """
+    shape = plan.targets[target].shape
+    if not copies or not prod(shape) or len({copy.source for copy in copies}) != 1:
+        return None
+    source, copy = state[plan.parts[copies[0].source].name], copies[0]
+    if len(copies) > 1:
+        view = _view(plan, shape, copies, source)
+    else:  # experts of one tensor lie alike, each at an element of its own
+        key = copy.pattern, copy.start, shape, source.shape, source.stride()
+        if key not in known:
+            known[key] = _view(plan, shape, copies, source)
+        view = known[key]
+    if view is None:
+        return None
+    strides, ahead = view
+    return source.as_strided(shape, strides, real_places(source, copy.at, ())[0] - ahead)
+
+
+def _view(
+    plan: Plan, shape: tuple[int, ...], copies: Sequence[Copy], source: torch.Tensor
+) -> tuple[tuple[int, ...], int] | None:
+    """Strides of a view of `source` with these copies, and how far behind its first element the first copy begins.
 
     Every copy gives a source place and stride for the destination's lattice; a view exists if one stride per dim
     reproduces all of them.
     """
-    shape = plan.targets[target].shape
-    if not copies or len({copy.source for copy in copies}) != 1:
-        return None
-    source = state[plan.parts[copies[0].source].name]
     strides: list[int | None] = [None] * len(shape)
-    origin: int | None = None
     placed = []
     for copy in copies:
         pattern = plan.patterns[copy.pattern]
@@ -120,7 +142,7 @@ def as_view(
         return None
     packed = strides_of(shape)
     final = [packed[i] if shape[i] <= 1 else final[i] for i in range(len(shape))]
-    return source.as_strided(shape, final, origin) if prod(shape) else None
+    return tuple(final), offset - origin
 
 
 def _solve(
