@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from typer.testing import CliRunner
 
 import corpus_quant  # noqa: F401  its cases come into the table
@@ -20,6 +22,10 @@ import lora_adapters as adapters
 import restow.lora
 import tiny
 from corpus import CASES, says
+from restow.adapter_base import base_of
+from restow.adapter_config import adapter_config
+from restow.adapter_keys import Sorted
+from restow.adapter_scope import judge_scope
 from restow.cli import app
 from restow.errors import AdapterError, RestowError, UsageError
 
@@ -342,6 +348,10 @@ ODD: dict[str, tuple[Callable[[State], Any], dict[str, Any], str]] = {
         lambda s: None, {"layers_to_transform": "1"},
         "expected layers_to_transform as numbers of layers, found '1'\n  in        @/adapter_config.json\n"
         "  try       get the config that belongs to this adapter"),
+    "layers by an expression": (
+        lambda s: None, {"layers_to_transform": [1], "layers_pattern": "(a+)+"},
+        "expected layers_pattern as names of modules, found '(a+)+'\n  in        @/adapter_config.json\n"
+        "  try       regular expressions of an adapter are never run"),
     "strange bias": (
         lambda s: None, {"bias": None},
         "expected bias as one of 'none', 'all', 'lora_only', found None\n  in        @/adapter_config.json\n"
@@ -352,6 +362,43 @@ ODD: dict[str, tuple[Callable[[State], Any], dict[str, Any], str]] = {
         "  in        @/adapter_config.json\n"
         "  try       PEFT repeats layers of the base first: merge it with PEFT"),
 }  # fmt: skip
+
+
+NESTED, HEAD = "model.layers.1.mlp.shared.0.up", "lm_head"
+SCOPES: list[dict[str, Any]] = [
+    {"layers_to_transform": [1]},
+    {"layers_to_transform": 0},
+    {"layers_to_transform": []},
+    {"layers_to_transform": [1], "layers_pattern": ""},
+    {"layers_to_transform": [0], "layers_pattern": "shared"},
+    {"layers_to_transform": [0], "layers_pattern": ["blocks", "shared"]},
+    {"layers_to_transform": [1], "layers_pattern": "model.layers"},
+    {"layers_to_transform": [0], "target_modules": [NESTED, LINEAR]},
+    {"layers_to_transform": [1], "target_modules": ["q_proj", "up", HEAD]},
+    {"exclude_modules": ["up"]},
+    {"exclude_modules": ["shared.0.up", "proj"]},
+]
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=str)
+def test_what_a_config_leaves_out_is_what_peft_leaves_out(scope: dict[str, Any]) -> None:
+    base = base_of(adapters.base("qwen3_moe"), None)
+    for module in (LINEAR, NESTED, HEAD, f"model.{HEAD}"):
+        said = {"target_modules": ["q_proj", "up", module.rpartition(".")[2]], **scope}
+        if not any(f".{module}".endswith(f".{end}") for end in said["target_modules"]):
+            continue
+        errors = judge_scope(Sorted(pairs={module: {}}), {}, adapter_config(said), base)
+        taken = check_target_module_exists(peft.LoraConfig(**said), module)
+        assert [says(str(e), "does not leave out") for e in errors] == [True] * (not taken), module
+
+
+def test_parameters_are_left_out_by_no_field(tmp_path: Path) -> None:
+    """PEFT asks neither field about target_parameters (0.21.2, _inject_parameters)."""
+    gate = "model.layers.1.mlp.gate"
+    said = {"layers_to_transform": [0], "exclude_modules": ["gate"], "target_parameters": ["mlp.gate.weight"]}
+    source = adapters.write(tmp_path / "a", pair(gate, 32, 12), r=2, lora_alpha=4, **said, target_modules=[])
+    report = restow.lora.convert(source, tmp_path / "b", to="peft", base=adapters.base("qwen3_moe"))
+    assert adapters.tensors(tmp_path / "b").keys() == pair(gate, 32, 12).keys(), report
 
 
 @pytest.mark.parametrize("case", ODD)

@@ -228,6 +228,30 @@ def test_scales_of_gate_and_up_that_differ(tmp_path: Path) -> None:
     adapters.same(source, tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    "words", ["gate_proj", "up_proj", "gate_proj up_proj", "gate_proj up_proj down_proj"]
+)
+@pytest.mark.parametrize("to", ["peft", "grouped", "vllm"])
+def test_scales_of_0(to: str, words: str, tmp_path: Path) -> None:
+    """An alpha of 0 adds nothing (PEFT takes it), and no other scale is a multiple of it."""
+    from test_lora_peft import hand, per_expert
+
+    off = words.split()
+    state = per_expert("qwen3_moe", shared=False)
+    source = adapters.write(tmp_path / "e", state, lora_alpha=0,
+                            alpha_pattern={word: 6 for word in ("gate_proj", "up_proj", "down_proj") if word not in off},
+                            target_modules=["gate_proj", "up_proj", "down_proj"])  # fmt: skip
+    base = adapters.base("qwen3_moe")
+    restow.lora.convert(source, tmp_path / "t", to=to, base=base)
+    restow.lora.convert(tmp_path / "t", tmp_path / "p", to="peft", base=base)
+    want = hand(state, lambda word: 0 if word in off else 2)
+    have = adapters.merged(tmp_path / "p", "qwen3_moe")
+    for name, tensor in want.items():
+        torch.testing.assert_close(have[name], tensor, atol=1e-5, rtol=1e-5)
+    restow.lora.convert(tmp_path / "t", tmp_path / "b", to="peft-per-expert", base=base)
+    adapters.same(source, tmp_path / "b")
+
+
 def test_in_memory(tmp_path: Path) -> None:
     source = adapters.make(tmp_path / "a", "mixtral")
     base = adapters.base("mixtral")

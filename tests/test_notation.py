@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import FrozenInstanceError, replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,6 +89,22 @@ def test_any_row_is_its_text_again(data: st.DataObject) -> None:
 def test_text_is_value_is_text(text: str, row: Row) -> None:
     assert parse_row(text) == row
     assert str(row) == text
+
+
+def test_what_a_row_has_worked_out_stays_as_it_is() -> None:
+    """Rows are shared by all who parse the same text, and go to other processes."""
+    row = parse_row("in {e}.{p:gate|up}_proj.weight f/128 d")
+    known = row.labels, row.axes, row.name_axes, row.base, [dim.keys for dim in row.dims]
+    with pytest.raises(TypeError):
+        row.labels["p"] = ("up", "gate")  # type: ignore[index]
+    for word in ("role", "labels", "axes"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(row, word, "out")
+    for same in (copy.copy(row), copy.deepcopy(row), pickle.loads(pickle.dumps(row))):
+        assert (same, hash(same)) == (row, hash(row))
+        assert (same.labels, same.axes, same.name_axes, same.base, [d.keys for d in same.dims]) == known
+    other = replace(row, role="in.scale", name=("x",))
+    assert (other.base, dict(other.labels), other.name_axes) == ("in", {}, ())
 
 
 def test_what_a_row_says_about_itself() -> None:

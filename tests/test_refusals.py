@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from typer.testing import CliRunner
 
 import restow
 import tiny
 from moe import AT, Model, differing
 from restow.cli import app
-from restow.errors import MissingTensorError, PrecisionError, ShapeMismatchError, UsageError
+from restow.errors import IntegrityError, MissingTensorError, PrecisionError, ShapeMismatchError, UsageError
 
 SMALL = Model()
 
@@ -203,3 +204,32 @@ def test_a_save_like_a_checkpoint_that_is_open(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         restow.save(SMALL.spelled("grouped"), tmp_path / "other", like=replace(opened, path=None))
     assert str(caught.value) == "expected a checkpoint in files as like=, found one in memory"
+
+
+@pytest.mark.parametrize("said", [{"family": "qwen3_moe"}, {"layout": "split"}])
+def test_a_save_like_a_checkpoint_that_was_said_to_be_of_a_kind(said: dict[str, str], tmp_path: Path) -> None:
+    """Without a config what its opener said is all that is known of it."""
+    source = SMALL.written(tmp_path / "source")
+    (source / "config.json").unlink(missing_ok=True)
+    opened = restow.open(source, **said)  # type: ignore[arg-type]
+    state = SMALL.spelled("split")
+    restow.save(state, tmp_path / "saved", like=opened)
+    with pytest.warns(UserWarning, match="in a single process"):
+        dcp.save(state, storage_writer=restow.dcp.Writer(tmp_path / "dcp", like=opened))
+    for file in sorted(source.glob("*.safetensors")):
+        for folder in ("saved", "dcp"):
+            assert (tmp_path / folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_save_like_a_checkpoint_that_was_written_again(tmp_path: Path) -> None:
+    opened = SMALL.opened(tmp_path / "source")
+    file = sorted((tmp_path / "source").glob("*.safetensors"))[0]
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data)
+    with pytest.raises(IntegrityError) as caught:
+        restow.save(SMALL.spelled("split"), tmp_path / "saved", like=opened)
+    assert str(caught.value) == (
+        f"expected a checkpoint that stays as it was, found another file\n  in        {file}"
+    )
+    assert not (tmp_path / "saved").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import restow
 from moe import Tensors, differing
@@ -94,6 +94,31 @@ def test_widths_follow_from_the_shapes_where_no_config_tells(folder: Path, tenso
     assert f"bank2.down_projs [{E}, {WIDTHS[1] + 1}, {D}], expected [{E}, {WIDTHS[1]}, {D}]" in str(
         caught.value
     )
+
+
+@pytest.mark.parametrize("chosen", [[2, 0, 5, 1], [3, 3], list(range(E))[::-1]])
+def test_chosen_experts_are_numbered_anew_in_both_banks(
+    chosen: list[int], folder: Path, tensors: Tensors, tmp_path: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["moe_num_experts"] = E  # one number for both, as transformers writes it
+    (folder / "config.json").write_text(json.dumps(config))
+    restow.convert(folder, tmp_path / "cut", to="hf", experts=chosen)
+    found = load_file(tmp_path / "cut" / "model.safetensors")
+    wanted = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
+    for layer in range(2):
+        wanted |= {
+            f"{AT.format(layer)}.{bank * len(chosen) + new}.{p}_proj.weight":
+                tensors[f"{AT.format(layer)}.{bank * E + old}.{p}_proj.weight"]
+            for bank in range(2) for new, old in enumerate(chosen) for p in ("gate", "up", "down")
+        }  # fmt: skip
+        names = [f"model.layers.{layer}.mlp.gate.weight{end}" for end in ("", "_1")]
+        wanted |= {name: tensors[name][:, chosen] for name in names}
+    assert differing(found, wanted) == []
+    assert restow.open(tmp_path / "cut").problems == ()
+    whole = {n: t for n, t in loaded(folder).items() if ".experts." in n}
+    state = loaded(tmp_path / "cut")
+    assert all(torch.equal(state[name], tensor[chosen]) for name, tensor in whole.items())
 
 
 STACKED = """

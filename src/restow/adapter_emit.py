@@ -106,9 +106,10 @@ def catches(raw: Mapping[str, Any], wanted: Iterable[Wanted]) -> bool:
 def one_scale(config: AdapterConfig, wanted: Sequence[Wanted], fmt: Format) -> tuple[int, Number, bool]:
     """The one (r, alpha, use_rslora) of such a reader: the scale that most modules have, the config's own if it is it.
 
-    A rank that most have is kept as r. rsLoRA stays where every rank is r; elsewhere it becomes a plain alpha.
+    Not 0, of which no other is a multiple. A rank that most have is kept as r. rsLoRA stays where every rank is r;
+    elsewhere it becomes a plain alpha.
     """
-    common = Counter(w.scale for w in wanted).most_common(1)
+    common = Counter(w.scale for w in wanted if w.scale).most_common(1)
     scale = common[0][0] if common else config.scale(config.rank, config.alpha)
     ranks = Counter(w.rank for w in wanted)
     rank = config.rank if config.rank in ranks or not ranks else ranks.most_common(1)[0][0]

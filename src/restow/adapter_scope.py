@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 from restow.adapter_base import Base
 from restow.adapter_config import AGAIN, AdapterConfig
 from restow.adapter_keys import PREFIX, Sorted
+from restow.entries import FLOATS
 from restow.errors import AdapterError, RestowError, show
+from restow.segments import ends
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 OTHERWISE = (
     "use_dora",
     "lora_bias",
@@ -24,7 +25,9 @@ OTHERWISE = (
     "arrow_config",
     "kasa_config",
 )
-_LAYER = re.compile(r".*\.(\d+)\.")  # PEFT 0.21.2, tuners_utils.py, check_target_module_exists
+_LAYER = (
+    r".*?\.[^.]*\.(\d{1,9})\."  # the first number: PEFT 0.21.2, tuners_utils.py, check_target_module_exists
+)
 
 
 def judge_factors(dtypes: Mapping[str, str], path: object = None) -> None:
@@ -62,16 +65,16 @@ def judge_scope(
                 path=config.path, hint="PEFT repeats layers of the base first: merge it with PEFT",
             )
         )  # fmt: skip
-    only = _layers(config)
+    weights = config.names("target_parameters")  # to which neither field applies
+    modules = [m for m in by_name.pairs if not any(ends(f"{m}.weight", t) for t in weights)]
+    only, named = _layers(config), config.names("target_modules")
     if only is not None and not isinstance(config.raw.get("target_modules"), str):
-        found = {module: _LAYER.match(module) for module in by_name.pairs}
-        errors += _left_out(
-            config, "layers_to_transform", (m for m, n in found.items() if n and int(n[1]) not in only)
-        )
+        patterns = _patterns(config)
+        over = [m for m in modules if m not in named and _layer(m, patterns) not in only]
+        errors += _left_out(config, "layers_to_transform", over)
     if isinstance(config.raw.get("exclude_modules"), list):
-        ends = config.names("exclude_modules")
-        over = (m for m in by_name.pairs if any(m == end or m.endswith(f".{end}") for end in ends))
-        errors += _left_out(config, "exclude_modules", over)
+        out = config.names("exclude_modules")
+        errors += _left_out(config, "exclude_modules", (m for m in modules if any(ends(m, x) for x in out)))
     for name in by_name.others:
         canonical = base.family.canonical(name.removeprefix(PREFIX))
         want = base.shape(canonical) if canonical in base.canonical_weights else None
@@ -97,6 +100,22 @@ def _layers(config: AdapterConfig) -> set[int] | None:
             "layers_to_transform as numbers of layers", show(repr(said)), path=config.path, hint=AGAIN
         )
     return set(listed)
+
+
+def _patterns(config: AdapterConfig) -> list[str]:
+    """Where PEFT looks for a layer's number: behind these names, or the first. Raises `AdapterError` for expressions."""
+    names = config.names("layers_pattern") if config.raw.get("layers_pattern") else ()
+    odd = next((name for name in names if not re.fullmatch(r"[A-Za-z0-9_.-]+", name)), None)
+    if odd is not None:
+        hint = "regular expressions of an adapter are never run"
+        raise AdapterError("layers_pattern as names of modules", show(repr(odd)), path=config.path, hint=hint)
+    return [rf"(?:^|.*?\.){re.escape(name)}\.(\d{{1,9}})\." for name in names] or [_LAYER]
+
+
+def _layer(module: str, patterns: Iterable[str]) -> int | None:
+    """The number of a module's layer; None where it has none, which PEFT then leaves out too."""
+    found = (re.match(pattern, module) for pattern in patterns)
+    return next((int(match[1]) for match in found if match), None)
 
 
 def _left_out(config: AdapterConfig, field: str, modules: Iterable[str]) -> list[RestowError]:

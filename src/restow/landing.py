@@ -78,6 +78,11 @@ def chosen_experts(experts: Experts, path: str, size: int) -> tuple[int, ...] | 
     return tuple(numbers)
 
 
+def with_count(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """The sizes of a module with so many experts, and after a first bank of as many (`{e+E}`) where there are two."""
+    return {**sizes, "e": count, **({"E": count} if "E" in sizes else {})}
+
+
 def chosen_rows(experts: Experts, path: str, size: int, length: int) -> tuple[int, ...] | None:
     """The rows of a router of `length` for the experts chosen of `size`, or None for all.
 
@@ -107,7 +112,7 @@ def find_landing(
     if isinstance(wish.experts, Mapping):
         sizes.pop("e", None)
     elif wish.experts is not None:
-        sizes["e"] = len(wish.experts)
+        sizes = with_count(sizes, len(wish.experts))
     local: dict[str, int] = {}
     if wish.shard is not None:
         axis = wish.shard.axis

@@ -11,8 +11,9 @@ does not list, and every rejection shows the row with carets. Nothing here knows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 
 from restow.errors import NotationError
 
@@ -87,6 +88,10 @@ class Row:
     dims: tuple[Dim, ...]
     exact: bool = False
 
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy or another process gets: the fields alone, since it can work out the rest."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
     @cached_property
     def base(self) -> str:
         """The role whose axes this row has: `in` for `in.scale`."""
@@ -100,7 +105,7 @@ class Row:
     @cached_property
     def labels(self) -> Mapping[str, tuple[str, ...]]:
         """The words of each labelled axis."""
-        return {part.axis: part.labels for part in self.name if isinstance(part, Labels)}
+        return MappingProxyType({part.axis: part.labels for part in self.name if isinstance(part, Labels)})
 
     @cached_property
     def axes(self) -> frozenset[str]:

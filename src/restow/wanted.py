@@ -14,7 +14,7 @@ from restow.checkpoint import Checkpoint
 from restow.coded_rows import ragged
 from restow.decoded import coded_as, decoded
 from restow.family import Family
-from restow.landing import Wish, chosen_experts, layout_of
+from restow.landing import Wish, chosen_experts, layout_of, with_count
 from restow.layout import Layout, axis_size, name_of, shape_of
 from restow.lost import lost_error
 from restow.module import Module
@@ -40,7 +40,7 @@ def default_targets(
         home = home_of(path, to, source.family)
         to = coded_as(to, module) if module.codec is not None else to
         experts = chosen_experts(wish.experts, path, module.sizes.get("e", 0))
-        sizes = {**module.sizes, **({"e": len(experts)} if experts is not None else {})}
+        sizes = with_count(module.sizes, len(experts)) if experts is not None else module.sizes
         for row in to.rows:
             if row.role not in module.tensors:
                 continue

@@ -17,7 +17,7 @@ from restow.adapter_formats import CANON
 from restow.adapter_stamp import Place
 from restow.layout import shape_of
 from restow.torch.adapter_factors import Block, bits_equal, common_dtype
-from restow.torch.adapter_scale import times
+from restow.torch.adapter_scale import ratio_of, times
 
 
 def shared(blocks: Sequence[Block]) -> list[Block]:
@@ -67,16 +67,18 @@ def joined(blocks: Sequence[Block], labels: int, rslora: bool) -> tuple[Block, l
     sizes = {**first.sizes, "r": rank, "p": labels}
     a = torch.zeros(shape_of(CANON["in.A"], sizes), dtype=common_dtype([block.a for block in blocks]))
     b = torch.zeros(shape_of(CANON["in.B"], sizes), dtype=common_dtype([block.b for block in blocks]))
-    scale = scale_of(first.rank, first.alpha, rslora)
+    scales = [scale_of(block.rank, block.alpha, rslora) for block in blocks]
+    scale = next((scale for scale in scales if scale), 0.0)  # of 0 nothing else is a multiple
     folded = []
-    for block, place in zip(blocks, places, strict=True):
+    for block, place, own in zip(blocks, places, scales, strict=True):
         to_a, to_b = views(a, b, place)
         to_a.copy_(block.a)
-        ratio = scale_of(block.rank, block.alpha, rslora) / scale
+        ratio = ratio_of(own, scale)
         to_b.copy_(block.b if ratio == 1 else times(block.b, ratio))
         folded += [(block, ratio)] if ratio != 1 else []
     experts = tuple(sorted({i for block in blocks for i in block.experts}))
-    alpha = first.alpha if rank == first.rank else alpha_of(rank, scale, rslora)
+    same = rank == first.rank and scales[0] == scale
+    alpha = first.alpha if same else alpha_of(rank, scale, rslora)
     return replace(
         first, labels=tuple(range(labels)), rank=rank, alpha=alpha, experts=experts, a=a, b=b
     ), folded

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import frexp
+from math import frexp, isclose
 
 import torch
 
@@ -44,9 +44,10 @@ class Reading:
         """A block with the scale that it had, where B can be given back exactly."""
         key = key_of(self.base, block.path, block.role, block.labels)
         scale = self.stamp.folded.get(key)
-        if scale is None:
+        said = self.config.scale(block.rank, block.alpha)
+        if scale is None or said == 0:
             return block
-        b = unfolded(block.b, scale / self.config.scale(block.rank, block.alpha), self.original(key))
+        b = unfolded(block.b, scale / said, self.original(key))
         if b is None:
             return block
         return replace(block, alpha=alpha_of(block.rank, scale, self.config.rslora), b=b)
@@ -63,7 +64,7 @@ class Reading:
         """An ordinary module's B, a scale that was multiplied into it taken out, and the scale that is left to say."""
         tensor, key = self.get(plain.names[1]), plain_key(plain.module)
         said, before = self.config.scale(plain.rank, plain.alpha), self.stamp.folded.get(key)
-        if before is not None:
+        if before is not None and said != 0:
             back = unfolded(tensor, before / said, self.original(key))
             if back is not None:
                 return back, before
@@ -72,7 +73,7 @@ class Reading:
 
 def ratio_of(scale: float, one: float) -> float:
     """How many times one scale is another: 1 where they differ by less than alpha and rank can say."""
-    return 1.0 if abs(scale / one - 1) < 1e-12 else scale / one
+    return 1.0 if isclose(scale, one, rel_tol=1e-12) else scale / one
 
 
 def times(tensor: torch.Tensor, ratio: float) -> torch.Tensor:

@@ -32,7 +32,7 @@ from restow.family import Family
 from restow.landing import Wish
 from restow.layout import Layout
 from restow.naming import Rename, check_rename
-from restow.opening import family_of, open_checkpoint
+from restow.opening import family_of
 from restow.placing import sweep
 from restow.planning import plan_of
 from restow.prepare import Prepared, prepare
@@ -42,7 +42,7 @@ from restow.targets import Target, whole_target
 from restow.torch.dcp_read import StrPath, rounds
 from restow.torch.dtypes import dtype_name
 from restow.torch.holdings import check_filled, check_homes, narrowed
-from restow.torch.outline import Outline, config_bytes, like_outline, like_path
+from restow.torch.outline import Outline, config_bytes, like_opened, like_outline, like_path
 from restow.torch.outline_new import new_outline
 from restow.torch.write import write_plan
 
@@ -74,8 +74,9 @@ class Writer(StorageWriter):
         if like is not None and not (layout is None and dtype is None and config is None):
             raise UsageError("like= alone", "layout=, dtype= or config= with it")
         check_rename(rename)
+        like_path(like)  # one in memory is refused here
         self.path = path
-        self._like, self._layout, self._family = like_path(like), layout, family_of(family)
+        self._like, self._layout, self._family = like, layout, family_of(family)
         self._rename, self._dtype, self._limit = rename, dtype, max_shard_bytes
         self._config = config_bytes(config)
         self._replace, self._threads = replace, threads
@@ -143,7 +144,7 @@ class Writer(StorageWriter):
 
     def _outline(self, union: Mapping[str, Target]) -> Outline:
         if self._like is not None:
-            return like_outline(open_checkpoint(self._like, family=self._family))
+            return like_outline(like_opened(self._like, self._family))
         dtype = dtype_name(self._dtype) if self._dtype is not None else None
         return new_outline(
             union, {}, None, self._layout, self._family, self._rename, dtype, self._limit, self._config

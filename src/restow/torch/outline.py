@@ -20,11 +20,14 @@ from restow.decoded import decoded
 from restow.entries import Entry, Piece
 from restow.errors import (
     ConfigError,
+    IntegrityError,
     QuantizationError,
     UsageError,
     show,
 )
+from restow.family import Family
 from restow.files import open_source, read_all
+from restow.opening import open_checkpoint
 from restow.outfiles import OutFile, recorded_files
 from restow.packing import packed_weights
 from restow.prepare import raise_fatal
@@ -80,8 +83,20 @@ def like_path(like: str | os.PathLike[str] | Checkpoint | None) -> str | None:
     return like.path
 
 
+def like_opened(like: str | os.PathLike[str] | Checkpoint, family: Family | None) -> Checkpoint:
+    """The checkpoint to be like: one that is open as it was opened, unless another family is said now."""
+    if isinstance(like, Checkpoint) and family in (None, like.family):
+        return like
+    path = like_path(like)
+    assert path is not None
+    return open_checkpoint(path, family=family)
+
+
 def like_outline(like: Checkpoint) -> Outline:
-    """The very files of another checkpoint: heads, index, side files; in its codes. Raises what is fatal about it."""
+    """The very files of another checkpoint: heads, index, side files; in its codes.
+
+    Raises what is fatal about it, and `IntegrityError` for a file that was written again since it was opened.
+    """
     raise_fatal(like)
     fatal = [problem.error for problem in like.problems if problem.fatal]
     if fatal:
@@ -91,6 +106,8 @@ def like_outline(like: Checkpoint) -> Outline:
     heads = {}
     for name in like.stamps:
         with open_source(Path(like.path) / name) as file:
+            if file.stamp != like.stamps[name]:
+                raise IntegrityError("a checkpoint that stays as it was", "another file", path=file.path)
             length = file.pread(0, 8)
             heads[name] = length + file.pread(8, int.from_bytes(length, "little"))
     side = dict(side_files(like.path).files)

@@ -26,11 +26,11 @@ from restow.errors import UsageError, show
 from restow.family import Family
 from restow.layout import Layout
 from restow.naming import Rename, check_rename
-from restow.opening import family_of, open_checkpoint
+from restow.opening import family_of
 from restow.targets import Shard
 from restow.torch.dtypes import dtype_name
 from restow.torch.holdings import holding_of
-from restow.torch.outline import Outline, config_bytes, like_outline, like_path
+from restow.torch.outline import Outline, config_bytes, like_opened, like_outline, like_path
 from restow.torch.outline_new import new_outline
 from restow.torch.peers import Peers
 from restow.torch.read import Progress
@@ -171,8 +171,8 @@ def save(
         text = config_bytes(getattr(state, "config", None) if config is None and like is None else config)
 
         def lay_out(union: Union) -> Outline:
-            if model is not None:
-                return like_outline(open_checkpoint(model, family=known))
+            if like is not None:
+                return like_outline(like_opened(like, known))
             name = dtype_name(dtype) if dtype is not None else None
             return new_outline(
                 union.tensors, union.tied, union.shard, layout, known, rename, name, max_shard_bytes, text,
