@@ -139,7 +139,7 @@ def test_the_core_lies_below_files_and_torch() -> None:
 
     core = below("restow.moves") | below("restow.match") | below("restow.targets")
     assert core == {
-        f"restow.{n}" for n in ("moves", "boxes", "layout", "notation", "errors", "match", "targets")
+        f"restow.{n}" for n in ("moves", "proof", "boxes", "layout", "notation", "errors", "match", "targets")
     }
     assert not any(inside(name) for name in below("restow.planning"))
     assert not any("restow" in to for to in edges.values()), "the package imports its parts, not they it"

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from restow.boxes import held, whole
 from restow.errors import CoverageError, RolesError, ShapeMismatchError
-from restow.moves import Move, Pattern, Side, _digits, _prove, decode, freeze, moves
+from restow.moves import Side, freeze, moves
 from restow.notation import Row, parse_row
+from restow.proof import Move, Pattern, decode, digits_of, prove
 from strategies import Role, held_runs, part_of, pieces, roles, rows, sizes_of, stored
 
 
@@ -56,7 +57,7 @@ def test_a_move_is_what_einops_says(data: st.DataObject) -> None:
         if t:
             np.testing.assert_array_equal(got, part_of(array, runs))
     for move in made:
-        digits = _digits(target.row, dict(target.sizes))
+        digits = digits_of(target.row, dict(target.sizes))
         assert len(decode(digits, target.held[move.target][0], [move])) == 1
 
 
@@ -209,7 +210,7 @@ def test_a_planted_defect_is_found(data: st.DataObject) -> None:
             to[axis] = (to[axis][0], to[axis][1] + 1)
         made[at] = move._replace(pattern=Pattern(tuple(sizes), move.pattern.source, tuple(to)))
     with pytest.raises(CoverageError):
-        _prove(target, _digits(target.row, dict(target.sizes)), 0, runs, made)
+        prove(target.row, digits_of(target.row, dict(target.sizes)), 0, runs, made)
 
 
 def test_a_source_with_a_hole_fills_not_everything() -> None:

@@ -52,7 +52,7 @@ def other_rank(
 
 
 def other_shape(path: object, shapes: Shapes, module: str, name: str, want: Sequence[object]) -> AdapterError:
-    """A factor of another shape than the base\'s sizes and the rank give."""
+    """A factor of another shape than the base's sizes and the rank give."""
     return AdapterError(
         f"shape [{', '.join(map(str, want))}] for {show(name)}, which the base gives",
         f"{list(shapes[name])}",

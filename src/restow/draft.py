@@ -20,11 +20,12 @@ from restow.landing import Wish, chosen_experts, chosen_rows, held_side
 from restow.layout import shape_of
 from restow.lost import Lost
 from restow.module import Module
-from restow.moves import Move, Pattern, Side, freeze, moves
+from restow.moves import Side, freeze, moves
 from restow.notation import Dim, Factor, Row
 from restow.notes import Take, note_pairs
 from restow.parts import Parts
 from restow.plans import Copy, Plan
+from restow.proof import Move, Pattern
 from restow.quantized import no_values, refuse_cast
 from restow.targets import Runs, Target
 

@@ -1,35 +1,22 @@
-"""Moves: two rows of one role, the runs held on each side, and the strided copies between them; proved exact.
+"""Moves: two rows of one role, the runs held on each side, and the strided copies between them; `proof` proves them.
 
-A `Move` is integers only: which stored tensor of the source (by its name's indices), from which element, to which
-tensor of the destination at which local place, along a shared `Pattern` of sizes and strides. It rejects roles whose
-axes or sizes differ, and raises `CoverageError` where a destination element would be written never or twice.
+It rejects roles whose axes or sizes differ, and raises `CoverageError` where a destination element would be written never
+or twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from math import prod
 from typing import NamedTuple
 
-from restow.boxes import Box, Run, boxes_of, held, overlap, strides_of
-from restow.errors import CoverageError, RolesError, ShapeMismatchError
-from restow.layout import Sizes, axis_size
+from restow.boxes import Box, Run, boxes_of, held, strides_of
+from restow.errors import RolesError, ShapeMismatchError
+from restow.layout import axis_size
 from restow.notation import Row
+from restow.proof import Move, Pattern, Runs, digits_of, prove
 
 Frozen = tuple[tuple[str, int], ...]  # sizes as sorted pairs, so that they can be a key
-
-
-class Pattern(NamedTuple):
-    """A strided copy without its place: per axis, slowest in the source first, its length, the step in elements of
-    the source's row-major storage, and (dim, step) in the destination."""
-
-    sizes: tuple[int, ...]
-    source: tuple[int, ...]
-    target: tuple[tuple[int, int], ...]
-
-
-Runs = tuple[tuple[Run, ...], ...]  # per dim
 
 
 class Side(NamedTuple):
@@ -42,17 +29,6 @@ class Side(NamedTuple):
     row: Row
     sizes: Frozen
     held: tuple[tuple[Runs, ...], ...]
-
-
-class Move(NamedTuple):
-    """`source` and `target` count the stored tensors of their side; `at` is in elements of the source's `piece`."""
-
-    source: int
-    piece: int
-    at: int
-    target: int
-    start: tuple[int, ...]
-    pattern: Pattern
 
 
 def freeze(sizes: Mapping[str, int]) -> Frozen:
@@ -69,7 +45,7 @@ def moves(source: Side, target: Side, take: tuple[tuple[str, tuple[int, ...]], .
     maps.update(_label_map(source.row, target.row))
     _check(source, target, maps)
     there, here = _Boxes(source), _Boxes(target)
-    digits = _digits(target.row, here.sizes)
+    digits = digits_of(target.row, here.sizes)
     found: list[Move] = []
     for position, index in enumerate(product(*map(range, here.lengths))):
         if not target.held[position]:
@@ -79,7 +55,7 @@ def moves(source: Side, target: Side, take: tuple[tuple[str, tuple[int, ...]], .
         made: list[Move] = []
         for box in here.of(runs)[0]:
             made += _fill(there, box, fixed, position, maps)
-        _prove(target, digits, position, runs, made)
+        prove(target.row, digits, position, runs, made)
         found += made
     return tuple(found)
 
@@ -229,80 +205,3 @@ def _cut(
     return at, tuple(moved), Pattern(
         tuple(count for _, count, _ in axes), tuple(step for step, *_ in axes), tuple(to for *_, to in axes)
     )  # fmt: skip
-
-
-def _prove(target: Side, digits: Digits, position: int, runs: Runs, made: Sequence[Move]) -> None:
-    """Exactly once: every move decoded from its final integers into a box of axes; volumes, bounds, no overlap."""
-    local = held(runs)
-    alike: dict[int, list[Move]] = {}  # moves share few patterns
-    for move in made:
-        alike.setdefault(id(move.pattern), []).append(move)
-    volume = sum(len(these) * prod(these[0].pattern.sizes) for these in alike.values())
-    boxes = [box for these in alike.values() for box in decode(digits, runs, these)]
-    outside = len(made) - len(boxes)
-    clash = overlap(boxes)
-    if volume == prod(local) and clash is None and not outside:
-        return
-    what = "some written outside it" if outside else "some written twice" if clash else f"{volume} written"
-    raise CoverageError(
-        f"each of {prod(local)} elements of '{target.row}' written once",
-        what,
-        sections=[("tensor", [f"number {position}, held {list(local)}"])],
-        hint="this is a defect of restow or of the layout's rows: please report the layouts and sizes",
-    )
-
-
-Digits = tuple[tuple[tuple[int, int], ...], ...]  # per dim, the length and the stride of each axis inside it
-
-
-def decode(digits: Digits, runs: Sequence[Sequence[Run]], made: Sequence[Move]) -> list[tuple[Run, ...]]:
-    """The axes' runs that each of these moves along one pattern fills, read back from its start and steps alone; none
-    for a move that leaves what is held.
-
-    Where an axis lies inside a dim follows from the row and the sizes once more, not from how the move was made. Moves of
-    a pattern mostly differ in one dim, so each place in a dim is read back once.
-    """
-    pattern = made[0].pattern
-    boxes: list[tuple[Run, ...] | None] = [()] * len(made)
-    columns = zip(*(move.start for move in made), strict=True)
-    for dim, (column, inside, dim_runs) in enumerate(zip(columns, digits, runs, strict=True)):
-        back = {at: _read_back(inside, dim_runs, dim, at, pattern) for at in set(column)}
-        boxes = list(map(_joined, boxes, map(back.__getitem__, column)))
-    return [box for box in boxes if box is not None]
-
-
-def _joined(box: tuple[Run, ...] | None, more: tuple[Run, ...] | None) -> tuple[Run, ...] | None:
-    return box + more if box is not None and more is not None else None
-
-
-def _read_back(
-    digits: Sequence[tuple[int, int]], runs: Sequence[Run], dim: int, at: int, pattern: Pattern
-) -> tuple[Run, ...] | None:
-    """The runs of one dim's axes; None where they leave what is held, or are none."""
-    here = [(to_step, n) for n, (to, to_step) in zip(pattern.sizes, pattern.target, strict=True) if to == dim]
-    steps = dict(here)
-    if len(steps) != len(here):  # two axes that step alike would write the same places
-        return None
-    local, first = 0, -1
-    for start, length in runs:
-        if local <= at < local + length:
-            last = at + sum((n - 1) * step for step, n in steps.items())
-            first = start + at - local if last < local + length else -1
-            break
-        local += length
-    if first < 0:
-        return None
-    found: list[Run] = []
-    for length, stride in digits:
-        digit = first // stride
-        first -= digit * stride
-        count = steps.pop(stride, 1) if length > 1 else 1
-        if digit + count > length:
-            return None
-        found.append((digit, count))
-    return None if steps else tuple(found)
-
-
-def _digits(row: Row, sizes: Sizes) -> Digits:
-    lengths = [[axis_size(row, key, sizes) for key in spec.keys] for spec in row.dims]
-    return tuple(tuple(zip(dim, strides_of(dim), strict=True)) for dim in lengths)

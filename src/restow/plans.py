@@ -17,7 +17,7 @@ from restow.boxes import strides_of
 from restow.coding import Coding, Grid, Term, byte_box, coded_bytes, jobs, scale_box
 from restow.entries import DTYPE_BITS
 from restow.errors import UsageError
-from restow.moves import Pattern
+from restow.proof import Pattern
 from restow.reads import merged, read_bytes, read_runs
 from restow.targets import Target
 

@@ -18,8 +18,9 @@ from restow.adapter_pair import Factor, Pair
 from restow.boxes import whole
 from restow.errors import AdapterError, show
 from restow.layout import axis_size, shape_of
-from restow.moves import Frozen, Move, Side, freeze, moves
+from restow.moves import Frozen, Side, freeze, moves
 from restow.notation import Row
+from restow.proof import Move
 from restow.targets import Runs
 from restow.torch.dtypes import whole_numbers
 from restow.torch.strides import real_places

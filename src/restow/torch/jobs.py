@@ -15,8 +15,8 @@ from math import prod
 from typing import NamedTuple
 
 from restow.coding import jobs as coded_jobs
-from restow.moves import Pattern
 from restow.plans import Copy, Plan
+from restow.proof import Pattern
 from restow.reads import spans
 from restow.torch.rows import side_by_side, turned
 from restow.torch.strides import even

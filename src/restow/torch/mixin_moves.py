@@ -16,9 +16,10 @@ import torch
 
 from restow.errors import CoverageError, ShapeMismatchError, show
 from restow.layout import Sizes, axis_size
-from restow.moves import Frozen, Move, Pattern, Runs, Side, freeze, moves
+from restow.moves import Frozen, Side, freeze, moves
 from restow.notation import Row
 from restow.plans import Copy, Part, Plan
+from restow.proof import Move, Pattern, Runs
 from restow.targets import whole_target
 from restow.torch.dtypes import dtype_name
 from restow.torch.read import run_plan

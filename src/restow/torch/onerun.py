@@ -9,8 +9,8 @@ from __future__ import annotations
 from math import prod
 from typing import NamedTuple
 
-from restow.moves import Pattern
 from restow.plans import Copy, Part
+from restow.proof import Pattern
 from restow.torch.strides import dot, in_place
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from restow.moves import Pattern
 from restow.plans import Copy, Plan
+from restow.proof import Pattern
 from restow.torch.transpose import LINE, Entry
 
 MANY = 8  # matrices that are taken together at most
